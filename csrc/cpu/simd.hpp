@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Vectors for the CPU kernels: GCC/Clang vector extensions, so `+ - * /`, comparisons and `mask ? a : b` are operators,
+// and one source serves AVX-512 (16 floats), AVX2 (8) and plain C++ (4: SSE2, NEON). Include inside an anonymous
+// namespace (see kernel.hpp). Every function is for float and double; 16-bit types are widened on load.
+#include "core/scalar.hpp"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define ROM_INLINE static inline __attribute__((always_inline))
+#define ROM_UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__AVX512F__)
+#define ROM_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define ROM_VECTOR_BYTES 32
+#else
+#define ROM_VECTOR_BYTES 16
+#endif
+
+typedef float vfloat __attribute__((vector_size(ROM_VECTOR_BYTES)));
+typedef double vdouble __attribute__((vector_size(ROM_VECTOR_BYTES)));
+typedef int32_t vint32 __attribute__((vector_size(ROM_VECTOR_BYTES)));
+typedef int64_t vint64 __attribute__((vector_size(ROM_VECTOR_BYTES)));
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = vfloat;
+  using bits = vint32;
+};
+template <>
+struct VecOf<double> {
+  using type = vdouble;
+  using bits = vint64;
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int lanes = ROM_VECTOR_BYTES / (int)sizeof(T);
+
+template <class V>
+struct ScalarOf {
+  using type = float;
+};
+template <>
+struct ScalarOf<vdouble> {
+  using type = double;
+};
+template <class V>
+using Scalar = typename ScalarOf<V>::type;
+
+// The type a storage type computes in: double for double, float for the rest.
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <class T>
+ROM_INLINE Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+// ------------------------------------------------------------------------------------------------ load and store
+template <class T>
+ROM_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+ROM_INLINE vfloat load(const bfloat16* p) {
+#if defined(__AVX512F__)
+  __m256i half = _mm256_loadu_si256((const __m256i*)p);
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+  __m128i half = _mm_loadu_si128((const __m128i*)p);
+  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
+  vfloat v;
+  for (int i = 0; i < lanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+ROM_INLINE vfloat load(const float16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vfloat v;
+  for (int i = 0; i < lanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+template <class T>
+ROM_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+ROM_INLINE void store(bfloat16* p, vfloat v) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  const vint32 bits = (vint32)v;
+  const vint32 even = bits + 0x7fff + ((bits >> 16) & 1);
+  const vint32 rounded = ((v != v) ? (bits | 0x00400000) : even);  // a NaN stays a NaN
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded, 16)));
+#else
+  const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+#endif
+#else
+  for (int i = 0; i < lanes<float>; ++i) p[i] = narrow<bfloat16>(v[i]);
+#endif
+}
+ROM_INLINE void store(float16* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < lanes<float>; ++i) p[i] = narrow<float16>(v[i]);
+#endif
+}
+
+// The first `count` lanes only; the others read as zero and are not written. Memory past them is never touched.
+template <class S>
+ROM_INLINE Vec<Compute<S>> load_partial(const S* p, int count) {
+  S buffer[lanes<Compute<S>>];
+  __builtin_memset(buffer, 0, sizeof(buffer));
+  __builtin_memcpy(buffer, p, (size_t)count * sizeof(S));
+  return load(buffer);
+}
+template <class S>
+ROM_INLINE void store_partial(S* p, Vec<Compute<S>> v, int count) {
+  S buffer[lanes<Compute<S>>];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, (size_t)count * sizeof(S));
+}
+
+// ------------------------------------------------------------------------------------------------ arithmetic
+template <class V>
+ROM_INLINE V fma(V a, V b, V c) {
+  return a * b + c;  // contracted where the target has FMA (-ffp-contract=fast)
+}
+// A NaN in `x` stays.
+template <class V>
+ROM_INLINE V at_most(V x, Scalar<V> bound) {
+  return x > bound ? V{} + bound : x;
+}
+template <class V>
+ROM_INLINE V at_least(V x, Scalar<V> bound) {
+  return x < bound ? V{} + bound : x;
+}
+
+// Lane sum in a fixed order: halves are added until one is left.
+template <class T>
+ROM_INLINE T sum(Vec<T> v) {
+  T x[lanes<T>];
+  __builtin_memcpy(x, &v, sizeof(v));
+  ROM_UNROLL for (int width = lanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+ROM_INLINE vfloat reciprocal(vfloat y) {
+#if defined(__AVX512F__)
+  const vfloat r = (vfloat)_mm512_rcp14_ps((__m512)y);
+  return r * (2.0f - y * r);
+#elif defined(__AVX2__)
+  vfloat r = (vfloat)_mm256_rcp_ps((__m256)y);
+  r = r * (2.0f - y * r);
+  return r * (2.0f - y * r);
+#else
+  return 1.0f / y;
+#endif
+}
+ROM_INLINE vdouble reciprocal(vdouble y) { return 1.0 / y; }
+
+// ------------------------------------------------------------------------------------------------ functions
+// 2^x with nearest reduction and the constant term exactly 1: a fit whose constant is 1 + 2e-7 biases decays near 1,
+// and the scan amplifies that by 1/(1 - a) (measured: 3e-4 output error instead of 5e-6). Relative error 9.2e-8.
+ROM_INLINE vfloat exp2(vfloat x) {
+#if defined(__AVX512F__)
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)x, 8);
+#else
+  x = at_most(at_least(x, -126.0f), 127.49999f);
+  const vfloat shifted = x + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+#endif
+  const vfloat r = x - n;
+  vfloat p = r * 0.00132646524f + 0.00967151132f;
+  p = p * r + 0.0555073396f;
+  p = p * r + 0.240222421f;
+  p = p * r + 0.693146978f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return (vfloat)((vint32)p + ((vint32)shifted << 23));
+#endif
+}
+// Taylor series of 2^r to degree 13: below 4e-18 on |r| <= 1/2.
+ROM_INLINE vdouble exp2(vdouble x) {
+  x = at_most(at_least(x, -1022.0), 1023.49);
+  const vdouble shifted = x + 6755399441055744.0, n = shifted - 6755399441055744.0;  // 1.5 * 2^52
+  const vdouble r = (x - n) * 0.693147180559945309417232;
+  vdouble p = broadcast(1.0 / 6227020800.0);
+  const double inverse_factorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                                      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
+                                      1.0 / 2,         1.0,            1.0};
+  for (double c : inverse_factorial) p = p * r + c;
+  return (vdouble)((vint64)p + ((vint64)shifted << 52));
+}
+
+template <class V>
+ROM_INLINE V exp(V x) {
+  return exp2(x * (Scalar<V>)1.44269504088896340736);
+}
+template <class V>
+ROM_INLINE V sigmoid(V x) {
+  // Kept inside +-80 (float), so that infinities work and the reciprocal's Newton step stays finite.
+  using T = Scalar<V>;
+  constexpr T bound = sizeof(T) == 8 ? 700 : 80;
+  return reciprocal(exp(at_least(at_most(-x, bound), -bound)) + (T)1);
+}
+
+template <class V>
+struct SoftplusResult {
+  V value, slope;
+};
+// log(1 + e^x) and its derivative from one exponential. log1p in atanh form: log(1 + e) alone loses 1e-4 at 0.02.
+ROM_INLINE SoftplusResult<vfloat> softplus(vfloat x) {
+  const vfloat e = exp(at_least(at_most(x, 30.0f), -87.0f)), y = e + 1.0f;
+  // y = 2^k (1 + f) with f in [1/sqrt(2) - 1, sqrt(2) - 1]; for k = 0, f is e itself and small arguments stay exact.
+  const vint32 bits = (vint32)y, k = (bits - 0x3f3504f3) >> 23;
+  const vfloat mantissa = (vfloat)(bits - (k << 23));
+  const vfloat f = k > 0 ? mantissa - 1.0f : e;
+  const vfloat s = f * reciprocal(f + 2.0f), s2 = s * s;
+  vfloat p = s2 * (2.0f / 9) + (2.0f / 7);
+  p = p * s2 + 2.0f / 5;
+  p = p * s2 + 2.0f / 3;
+  p = p * s2 + 2.0f;
+  const vfloat value = __builtin_convertvector(k, vfloat) * 0.69314718056f + p * s;
+  const auto large = x > 20.0f;  // torch's threshold: beyond it softplus is the identity
+  return {large ? x : value, large ? broadcast(1.0f) : e * reciprocal(y)};
+}
+ROM_INLINE SoftplusResult<vdouble> softplus(vdouble x) {
+  vdouble value, slope;
+  for (int i = 0; i < lanes<double>; ++i) {  // libm: float64 serves the tests, not speed
+    const double e = ::exp(x[i]);
+    value[i] = x[i] > 20.0 ? x[i] : ::log1p(e);
+    slope[i] = x[i] > 20.0 ? 1.0 : e / (1.0 + e);
+  }
+  return {value, slope};
+}
+
+// ------------------------------------------------------------------------------------------------ flush to zero
+// Decayed states become subnormal, and arithmetic on those is ~100 times slower. On for the life of the object.
+struct FlushSubnormals {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+  FlushSubnormals() { _mm_setcsr(saved | 0x8040u); }
+  ~FlushSubnormals() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+  uint64_t saved;
+  FlushSubnormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+    __asm__ volatile("msr fpcr, %0" ::"r"(saved | (1ull << 24)));
+  }
+  ~FlushSubnormals() { __asm__ volatile("msr fpcr, %0" ::"r"(saved)); }
+#endif
+};
+
+// ------------------------------------------------------------------------------------------------ tasks and types
+// body(task, worker) for every task; `body` may be any local function object.
+template <class F>
+ROM_INLINE void parallel_for(int64_t tasks, int64_t threads, F body) {
+  rom_parallel_for(
+      tasks, threads, [](void* f, int64_t task, int64_t worker) { (*(F*)f)(task, worker); }, &body);
+}
+
+// Calls f(Type<S>{}) with the storage type S that `dtype` names; answers false for a type that is not floating.
+template <class S>
+struct Type {};
+template <class F>
+ROM_INLINE bool with_storage_type(int dtype, F f) {
+  switch (dtype) {
+    case ROM_FLOAT32: f(Type<float>{}); return true;
+    case ROM_BFLOAT16: f(Type<bfloat16>{}); return true;
+    case ROM_FLOAT16: f(Type<float16>{}); return true;
+    case ROM_FLOAT64: f(Type<double>{}); return true;
+    default: return false;
+  }
+}

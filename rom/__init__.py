@@ -1,0 +1,8 @@
+"""rom: fast kernels for projection layers and what flows through them, and models built on them."""
+
+from rom import native as native  # first: it explains a missing or stale build
+from rom import ops
+from rom.backends import BackendError, BackendStatus, FallbackWarning, backend, backends
+
+__version__ = "0.1.0"
+__all__ = ["BackendError", "BackendStatus", "FallbackWarning", "backend", "backends", "ops"]

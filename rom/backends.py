@@ -1,0 +1,185 @@
+"""Who runs an operator, and why not somebody else.
+
+Every operator has up to four implementations: `cuda` (native, NVIDIA), `triton` (any Triton GPU), `cpu` (native) and
+`reference` (plain torch, any device). The fastest one that can take a call runs it; `with rom.backend(name):` and the
+environment variable ROM_BACKEND choose another, `strict` forbids falling back to something slow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rom import native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+CHOICES = ("auto", *BACKENDS, "strict")
+_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+
+class BackendError(RuntimeError):
+    """The chosen backend cannot run this call; the message says why and what to do."""
+
+
+class FallbackWarning(UserWarning):
+    """An operator runs on a backend much slower than the device allows."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operator on one backend."""
+
+    op: str
+    backend: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    kernels: tuple[str, ...]  # native kernels it calls: it is unavailable where one is missing
+    module: str | None  # Triton module it launches from
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """A row of `rom.backends()`: whether `backend` can run `op` on this machine, and the reason if not."""
+
+    op: str
+    backend: str
+    available: bool
+    reason: str
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_choice: list[str] = []  # the stack of `with rom.backend(...)`
+_warned: set[tuple[str, str]] = set()
+
+
+def register(
+    op: str,
+    backend: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    *,
+    kernels: tuple[str, ...] = (),
+    module: str | None = None,
+) -> None:
+    """Declares that `backend` implements `op` (called by the operator's own file)."""
+    _implementations.setdefault(op, {})[backend] = Implementation(op, backend, forward, backward, kernels, module)
+
+
+def implementation(op: str, backend: str) -> Implementation:
+    """The implementation that `choose` named."""
+    return _implementations[op][backend]
+
+
+def _unavailable(op: str, backend: str) -> str:
+    """Why this machine cannot run `op` on `backend`; empty if it can."""
+    if backend not in BACKENDS:
+        raise ValueError(f"rom: expected a backend of {', '.join(CHOICES)}, got {backend!r}.")
+    found = _implementations[op].get(backend)
+    if found is None:
+        return f"{op} has no {backend} kernel in this release"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; `pip install 'rom-kernels[triton]'`"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if torch.cuda.is_available() or interpreted else "no GPU is visible"
+    if backend == "cuda":
+        if native.CUDA_REASON:
+            return f"{native.CUDA_REASON}; rebuild with nvcc on PATH or ROM_CUDA=pip"
+        if not torch.cuda.is_available():
+            return "no NVIDIA GPU is visible to torch"
+    missing = [kernel for kernel in found.kernels if not native.has(kernel, backend)]
+    return f"the native module lacks {', '.join(missing)}" if missing else ""
+
+
+def _wanted() -> str:
+    choice = _choice[-1] if _choice else os.environ.get("ROM_BACKEND", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"rom: ROM_BACKEND={choice!r}: expected one of {', '.join(CHOICES)}.")
+    return choice
+
+
+def _warn_once(op: str, backend: str, reason: str) -> None:
+    if (op, backend) not in _warned:
+        _warned.add((op, backend))
+        warnings.warn(
+            f"rom.ops.{op} runs on the slow `{backend}` backend: {reason}. `rom doctor` lists the backends; "
+            f"`with rom.backend({backend!r}):` accepts this silently.",
+            FallbackWarning,
+            stacklevel=4,
+        )
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, device_type: str, refusals: tuple[tuple[str, str], ...] = ()) -> str:
+    """The backend that runs this call of `op`; under torch.compile the choice is made once, while tracing.
+
+    `refusals` are pairs (backend, reason) the operator adds for this call: ("cpu", "complex A is not supported").
+    """
+    refused = dict(refusals)
+
+    def reason(backend: str) -> str:
+        if backend not in _ORDER.get(device_type, ("reference",)):
+            return f"the tensors are on {device_type}"
+        return _unavailable(op, backend) or refused.get(backend, "")
+
+    wanted = _wanted()
+    if wanted in BACKENDS:
+        if why := reason(wanted):
+            raise BackendError(
+                f"rom.ops.{op}: backend {wanted!r} was chosen but cannot run this call: {why}. "
+                f"Choose another with rom.backend(...) or ROM_BACKEND, or `auto`."
+            )
+        return wanted
+    reasons = {}
+    for backend in _ORDER.get(device_type, ("reference",)):
+        why = reason(backend)
+        if not why:
+            break
+        reasons[backend] = why
+    text = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    if backend == "reference" and device_type in _ORDER:
+        if wanted == "strict":
+            raise BackendError(f"rom.ops.{op}: under `strict` the slow reference backend is refused. {text}.")
+        _warn_once(op, backend, text)
+    return backend
+
+
+def backends() -> list[BackendStatus]:
+    """Every operator × backend on this machine, with the reason where one is unavailable.
+
+    >>> import rom
+    >>> [row.available for row in rom.backends() if row.op == "selective_scan" and row.backend == "cpu"]
+    [True]
+    """
+    rows = []
+    for op in sorted(_implementations):
+        for backend in BACKENDS:
+            why = _unavailable(op, backend)
+            rows.append(BackendStatus(op, backend, not why, why))
+    return rows
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Chooses who runs the operators inside the `with` block (process-wide, like ROM_BACKEND).
+
+    name: `auto`, `cuda`, `triton`, `cpu`, `reference`, or `strict` (auto, but never the slow reference). A choice that
+    cannot run a call is a `BackendError` at that call. Gradients run on the backend of their forward.
+
+    >>> with rom.backend("reference"):
+    ...     y, _ = rom.ops.add_rms_norm(torch.ones(2, 4), torch.ones(4))
+    """
+    if name not in CHOICES:
+        raise ValueError(f"rom.backend: expected one of {', '.join(CHOICES)}, got {name!r}.")
+    _choice.append(name)
+    try:
+        yield
+    finally:
+        _choice.pop()
