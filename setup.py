@@ -37,18 +37,23 @@ def pip_nvcc_root() -> Path:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != "rom._C":  # CMake builds both modules at once; the CUDA one may be missing (optional)
+            return
         import pybind11
 
         if CUDA not in ("auto", "on", "off", "pip"):
             raise SystemExit(f"ROM_CUDA={CUDA}: expected auto, on, off or pip.")
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent  # right for wheels and editable installs
-        build = Path(self.build_temp).resolve() / f"{CUDA}-py{sys.version_info.major}{sys.version_info.minor}"
+        # One CMake cache per mode and Python; kept, so that a second build compiles only what changed.
+        build = ROOT / "build" / f"cmake-{CUDA}-{sys.implementation.cache_tag}"
         if CUDA == "pip":
             shutil.rmtree(build, ignore_errors=True)  # its compiler lived in a build environment that pip has deleted
         for folder in (output, build):
             folder.mkdir(parents=True, exist_ok=True)
         for stale in output.glob("_C*.so"):  # a CPU-only rebuild must not ship yesterday's CUDA module
             stale.unlink()
+        for stub in (ROOT / "python").glob("*.pyi"):
+            shutil.copy(stub, ROOT / "rom" if self.editable_mode else output)
 
         env = dict(os.environ)
         configure = [
@@ -71,7 +76,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("rom._C", sources=[])],
+    ext_modules=[Extension("rom._C", sources=[]), Extension("rom._C_cuda", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=PIP_NVCC if CUDA == "pip" else [],
 )

@@ -52,7 +52,7 @@ struct Register {
   static const rom::Register register_##name(rom::Kernel{                                             \
       #name, sizeof(rom_##name##_args), offsetof(rom_##name##_args, launch), {__VA_ARGS__},           \
       reinterpret_cast<rom_status (*)(const void*)>(ROM_PASTE(rom_##name, ROM_DEVICE)),               \
-      reinterpret_cast<std::int64_t (*)(const void*)>(workspace)})
+      (std::int64_t (*)(const void*))(workspace)})
 
 // ROM_KERNEL(norm_forward, TENSOR(x), REAL(eps), ...) after `#define ARGS rom_norm_forward_args`.
 #define ROM_KERNEL(name, ...) ROM_DECLARE(name) ROM_KERNEL_(name, nullptr, __VA_ARGS__)

@@ -8,7 +8,8 @@ from rom import backends, native
 from rom.ops import _op
 from rom.reference import norm as reference
 
-Grads = tuple[torch.Tensor, torch.Tensor]
+# grad_x, grad_residual (empty where it equals grad_x), grad_weight
+Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def add_rms_norm(
@@ -104,6 +105,7 @@ def _native_backward(
     compute = _op.compute_dtype(grad_out.dtype)
     rows = _rows(total)
     grad_x = native.empty(rows.shape, grad_out.dtype, total.device)
+    grad_residual = None if total.dtype == grad_out.dtype else native.empty(rows.shape, total.dtype, total.device)
     grad_weight = native.empty((rows.shape[1],), compute, total.device)
     arguments = {
         "sum": rows,
@@ -112,11 +114,13 @@ def _native_backward(
         "grad_out": _rows(grad_out),
         "grad_sum": None if grad_sum is None else _rows(grad_sum),
         "grad_x": grad_x,
+        "grad_residual": grad_residual,
         "grad_weight": grad_weight,
     }
     workspace = native.workspace("norm_backward", total.device, **arguments)
     native.call("norm_backward", total.device, workspace=workspace, **arguments)
-    return grad_x.view(total.shape), grad_weight
+    kept = grad_x.new_empty(0) if grad_residual is None else grad_residual.view(total.shape)
+    return grad_x.view(total.shape), kept, grad_weight
 
 
 def _reference_forward(
@@ -139,7 +143,8 @@ def _reference_backward(
     grad = (g - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd.view(*total.shape[:-1], 1)
     if grad_sum is not None:
         grad = grad + grad_sum.to(compute)
-    return grad.to(grad_out.dtype), grad_weight
+    kept = grad.new_empty(0) if total.dtype == grad_out.dtype else grad.to(total.dtype)
+    return grad.to(grad_out.dtype), kept, grad_weight
 
 
 for _backend in ("cpu", "cuda"):
@@ -155,7 +160,7 @@ _op.define(
 )
 _op.define(
     "add_rms_norm_backward(Tensor total, Tensor weight, Tensor rstd, Tensor grad_out, Tensor? grad_sum, str backend)"
-    " -> (Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -193,25 +198,27 @@ def _(x, weight, residual, eps, backend):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("rom::add_rms_norm_backward")
 def _(total, weight, rstd, grad_out, grad_sum, backend):  # type: ignore[no-untyped-def]
     compute = _op.compute_dtype(grad_out.dtype)
-    return grad_out.new_empty(total.shape), grad_out.new_empty(total.shape[-1], dtype=compute)
+    kept = total.new_empty(0 if total.dtype == grad_out.dtype else total.shape)
+    return grad_out.new_empty(total.shape), kept, grad_out.new_empty(total.shape[-1], dtype=compute)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, residual, _, ctx.backend = inputs
     _, total, rstd = output
     ctx.save_for_backward(x if residual is None else total, weight, rstd)
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.has_residual, ctx.dtype = residual is not None, x.dtype
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_out, grad_sum, _):  # type: ignore[no-untyped-def]
     total, weight, rstd = ctx.saved_tensors
     if grad_out is None:
-        grad_out = total.new_zeros(total.shape)
-    if ctx.residual_dtype is None:
-        grad_sum = None
-    grad, grad_weight = torch.ops.rom.add_rms_norm_backward(total, weight, rstd, grad_out, grad_sum, ctx.backend)
-    grad_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
+        grad_out = total.new_zeros(total.shape, dtype=ctx.dtype)
+    grad_sum = grad_sum if ctx.has_residual else None
+    grad, kept, grad_weight = torch.ops.rom.add_rms_norm_backward(
+        total, weight, rstd, grad_out, grad_sum, ctx.backend
+    )
+    grad_residual = None if not ctx.has_residual else grad if total.dtype == grad.dtype else kept
     return grad, grad_weight.to(weight.dtype), grad_residual, None, None
 
 
