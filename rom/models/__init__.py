@@ -1,0 +1,1 @@
+"""Reference systems over the modules."""
