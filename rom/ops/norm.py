@@ -75,7 +75,7 @@ def _validate(
 
 # ------------------------------------------------------------------------------------------------ native kernels
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).contiguous()
 
 
 def _native_forward(
