@@ -2,7 +2,7 @@
 
 from rom import native as native  # first: it explains a missing or stale build
 from rom import ops
-from rom.backends import BackendError, BackendStatus, FallbackWarning, backend, backends
+from rom.dispatch import BackendError, BackendStatus, FallbackWarning, backend, backends
 
 __version__ = "0.1.0"
 __all__ = ["BackendError", "BackendStatus", "FallbackWarning", "backend", "backends", "ops"]

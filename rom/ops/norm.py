@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rom import backends, native
+from rom import dispatch, native
 from rom.ops import _op
 from rom.reference import norm as reference
 
@@ -44,7 +44,7 @@ def add_rms_norm(
     tensor([[0.8485, 1.1314]])
     """
     _validate(x, weight, residual, residual_dtype)
-    backend = backends.choose("add_rms_norm", x.device.type)
+    backend = dispatch.choose("add_rms_norm", x.device.type)
     if backend == "reference" and not torch.compiler.is_compiling():
         return reference.add_rms_norm(x, weight, residual, eps, residual_dtype)
     kept = residual_dtype or (x.dtype if residual is None else residual.dtype)
@@ -148,10 +148,10 @@ def _reference_backward(
 
 
 for _backend in ("cpu", "cuda"):
-    backends.register(
+    dispatch.register(
         "add_rms_norm", _backend, _native_forward, _native_backward, kernels=("norm_forward", "norm_backward")
     )
-backends.register("add_rms_norm", "reference", _reference_forward, _reference_backward)
+dispatch.register("add_rms_norm", "reference", _reference_forward, _reference_backward)
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -167,7 +167,7 @@ _op.define(
 def _forward(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backends.implementation("add_rms_norm", backend).forward(x, weight, residual, eps)
+    return dispatch.implementation("add_rms_norm", backend).forward(x, weight, residual, eps)
 
 
 def _backward(
@@ -178,7 +178,7 @@ def _backward(
     grad_sum: torch.Tensor | None,
     backend: str,
 ) -> Grads:
-    run = backends.implementation("add_rms_norm", backend).backward
+    run = dispatch.implementation("add_rms_norm", backend).backward
     assert run is not None
     return run(total, weight, rstd, grad_out, grad_sum)
 
