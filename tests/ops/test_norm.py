@@ -27,7 +27,7 @@ def outputs_and_gradients(function, x, weight, residual, grads, **options):
     return [y, total, *gradients]
 
 
-def compare(shape, x_dtype, residual_dtype, device, residual=True):
+def compare(shape, x_dtype, residual_dtype, device, residual=True, scale=1.0):
     x, weight, stream = make(shape, x_dtype, residual_dtype, device, residual)
     grads = torch.randn(shape, device=device), torch.randn(shape, device=device)
     in64 = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, stream)]
@@ -37,7 +37,7 @@ def compare(shape, x_dtype, residual_dtype, device, residual=True):
     expected = outputs_and_gradients(reference.add_rms_norm, *in64, rounded)
     for name, g, p, e in zip(("y", "sum", "x.grad", "weight.grad", "residual.grad"), got, plain, expected):
         # The backward pass reads the sum as it was rounded into the residual stream.
-        assert_close(name, g, e, p, dtype=residual_dtype if name == "weight.grad" else None)
+        assert_close(name, g, e, p, scale, dtype=residual_dtype if name == "weight.grad" else None)
 
 
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "first-block"])
@@ -46,11 +46,12 @@ def test_matches_float64(dtypes, residual, device):
     compare((3, 65, 37), *dtypes, device, residual)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 140), dim=st.integers(1, 70), seed=st.integers(0, 2**31))
 def test_any_shape(rows, dim, seed):
     torch.manual_seed(seed)
-    compare((rows, dim), torch.float32, torch.float32, "cpu")
+    # A gradient of very few elements may cancel: 110 terms of size 1 that sum to 0.1 lose one more digit.
+    compare((rows, dim), torch.float32, torch.float32, "cpu", scale=1.0 if dim > 8 else 20.0)
 
 
 def test_gradcheck_runs_the_native_kernel(monkeypatch):
