@@ -42,11 +42,16 @@ struct Register {
 #define ROM_PASTE_(a, b) a##_##b
 #define ROM_PASTE(a, b) ROM_PASTE_(a, b)
 
-// Declared weak: a family may have a CPU kernel and no CUDA one yet; the linker then leaves null and it is not listed.
-#define ROM_DECLARE(name)                                                                            \
-  extern "C" __attribute__((weak)) rom_status ROM_PASTE(rom_##name, ROM_DEVICE)(const rom_##name##_args*);
+// Every kernel has a CPU version. A CUDA one may not exist yet: declared weak, it is then null and not listed.
+#if defined(ROM_CPU_MODULE)
+#define ROM_MAYBE_MISSING
+#else
+#define ROM_MAYBE_MISSING __attribute__((weak))
+#endif
+#define ROM_DECLARE(name) \
+  extern "C" ROM_MAYBE_MISSING rom_status ROM_PASTE(rom_##name, ROM_DEVICE)(const rom_##name##_args*);
 #define ROM_DECLARE_WORKSPACE(name) \
-  extern "C" __attribute__((weak)) int64_t ROM_PASTE(rom_##name##_workspace, ROM_DEVICE)(const rom_##name##_args*);
+  extern "C" ROM_MAYBE_MISSING int64_t ROM_PASTE(rom_##name##_workspace, ROM_DEVICE)(const rom_##name##_args*);
 
 #define ROM_KERNEL_(name, workspace, ...)                                                             \
   static const rom::Register register_##name(rom::Kernel{                                             \
