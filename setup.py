@@ -32,7 +32,9 @@ def pip_nvcc_root() -> Path:
         root = Path(base) / "cu13"
         if (root / "bin" / "nvcc").exists():
             return root
-    raise SystemExit("ROM_CUDA=pip: the nvcc wheels are missing. Build with pip's build isolation on, or set ROM_CUDA=auto.")
+    raise SystemExit(
+        "ROM_CUDA=pip: the nvcc wheels are missing. Build with pip's build isolation on, or set ROM_CUDA=auto."
+    )
 
 
 class CMakeBuild(build_ext):

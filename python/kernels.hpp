@@ -53,16 +53,20 @@ struct Register {
 #define ROM_DECLARE_WORKSPACE(name) \
   extern "C" ROM_MAYBE_MISSING int64_t ROM_PASTE(rom_##name##_workspace, ROM_DEVICE)(const rom_##name##_args*);
 
-#define ROM_KERNEL_(name, workspace, ...)                                                             \
-  static const rom::Register register_##name(rom::Kernel{                                             \
-      #name, sizeof(rom_##name##_args), offsetof(rom_##name##_args, launch), {__VA_ARGS__},           \
-      reinterpret_cast<rom_status (*)(const void*)>(ROM_PASTE(rom_##name, ROM_DEVICE)),               \
-      (std::int64_t (*)(const void*))(workspace)})
+#define ROM_KERNEL_(name, workspace, ...)                                                           \
+  static const rom::Register register_##name(                                                       \
+      rom::Kernel{#name,                                                                            \
+                  sizeof(rom_##name##_args),                                                        \
+                  offsetof(rom_##name##_args, launch),                                              \
+                  {__VA_ARGS__},                                                                    \
+                  reinterpret_cast<rom_status (*)(const void*)>(ROM_PASTE(rom_##name, ROM_DEVICE)), \
+                  (std::int64_t (*)(const void*))(workspace)})
 
 // ROM_KERNEL(norm_forward, TENSOR(x), REAL(eps), ...) after `#define ARGS rom_norm_forward_args`.
 #define ROM_KERNEL(name, ...) ROM_DECLARE(name) ROM_KERNEL_(name, nullptr, __VA_ARGS__)
 #define ROM_KERNEL_WITH_WORKSPACE(name, ...) \
-  ROM_DECLARE(name) ROM_DECLARE_WORKSPACE(name) ROM_KERNEL_(name, ROM_PASTE(rom_##name##_workspace, ROM_DEVICE), __VA_ARGS__)
+  ROM_DECLARE(name)                          \
+  ROM_DECLARE_WORKSPACE(name) ROM_KERNEL_(name, ROM_PASTE(rom_##name##_workspace, ROM_DEVICE), __VA_ARGS__)
 
 #define TENSOR(field) {#field, rom::Kind::tensor, offsetof(ARGS, field)}
 #define INTEGER(field) {#field, rom::Kind::integer, offsetof(ARGS, field)}

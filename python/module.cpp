@@ -104,7 +104,8 @@ class Call {
       if (py::hasattr(value, "shape"))
         shapes += (shapes.empty() ? "" : ", ") + py::str(key).cast<std::string>() + " " +
                   py::str(py::tuple(value.attr("shape"))).cast<std::string>();
-    throw std::runtime_error(std::string("rom kernel ") + kernel_.name + " failed: " + rom_last_error() + " [" + shapes + "]");
+    throw std::runtime_error(std::string("rom kernel ") + kernel_.name + " failed: " + rom_last_error() + " [" +
+                             shapes + "]");
   }
 
   const rom::Kernel& kernel_;
@@ -126,7 +127,8 @@ PYBIND11_MODULE(ROM_MODULE_NAME, m) {
     auto* call = new Call(kernel);  // lives as long as the module
     m.def(kernel.name, [call](const py::kwargs& values) { call->run(values); });
     if (kernel.workspace)
-      m.def((std::string(kernel.name) + "_workspace").c_str(), [call](const py::kwargs& v) { return call->workspace(v); });
+      m.def((std::string(kernel.name) + "_workspace").c_str(),
+            [call](const py::kwargs& v) { return call->workspace(v); });
     names.append(kernel.name);
   }
   m.attr("kernels") = py::tuple(names);

@@ -116,7 +116,7 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op: str, device_type: str, refusals: tuple[tuple[str, str], ...] = ()) -> str:
     """The backend that runs this call of `op`; under torch.compile the choice is made once, while tracing.
 

@@ -6,8 +6,8 @@ functions of keyword arguments whose names are the fields of the structs in csrc
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ _HERE = Path(__file__).parent
 _REMEDY = "Run `pip install .` (or `pip install -e .` to work on the source) in the repository's root."
 
 
-def _check(module: ModuleType) -> ModuleType:
+def _check(module: Any) -> None:
     found = getattr(module, "abi_version", None)
     if found != ABI_VERSION:
         raise ImportError(
@@ -35,11 +35,14 @@ def _check(module: ModuleType) -> ModuleType:
             f"the compiled kernels are stale. {_REMEDY}"
         )
     module.set_dtypes(DTYPE_CODES)
-    return module
 
+
+_cpu: Any
+_cuda: Any = None
+CUDA_REASON = ""  # why there are no CUDA kernels; empty if there are
 
 try:
-    from rom import _C as _cpu
+    _cpu = importlib.import_module("rom._C")
 except ImportError as error:
     raise ImportError(
         f"rom was imported from {_HERE}, which holds no compiled kernels ({error}). If this is the source tree, "
@@ -47,14 +50,12 @@ except ImportError as error:
     ) from error
 _check(_cpu)
 
-_cuda: ModuleType | None
 try:
-    from rom import _C_cuda as _cuda  # type: ignore[no-redef]
+    _cuda = importlib.import_module("rom._C_cuda")
 except ImportError as error:
-    _cuda, CUDA_REASON = None, f"built without CUDA kernels ({error})"
+    CUDA_REASON = f"built without CUDA kernels ({error})"
 else:
     _check(_cuda)
-    CUDA_REASON = ""
 
 
 def has(kernel: str, device_type: str) -> bool:
@@ -85,7 +86,7 @@ def call(kernel: str, device: torch.device, **arguments: Any) -> None:
 
 def workspace(kernel: str, device: torch.device, **arguments: Any) -> torch.Tensor:
     """Scratch memory of the size the kernel asks for with these arguments."""
-    module: Any = _cpu if device.type == "cpu" else _cuda
+    module = _cpu if device.type == "cpu" else _cuda
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     size = getattr(module, f"{kernel}_workspace")(threads=threads, **arguments)
     return empty((size,), torch.uint8, device)

@@ -22,7 +22,7 @@ def poisoned_outputs(monkeypatch):
 
     def poisoned(shape, dtype, device):
         out = empty(shape, dtype, device)
-        return out.fill_(float("nan")) if dtype.is_floating_point else out.fill_(255 if dtype == torch.uint8 else -(2**30))
+        return out.fill_(float("nan") if dtype.is_floating_point else 255 if dtype == torch.uint8 else -(2**30))
 
     monkeypatch.setattr(native, "empty", poisoned)
 

@@ -11,7 +11,7 @@ so that a kernel in low precision may be at most about twice as wrong as the pla
 import torch
 
 FLOOR = {
-    # float64: the native kernels' polynomials are good to ~1e-15; sums of a few thousand terms lose two or three digits.
+    # float64: the native kernels' polynomials are good to ~1e-15; sums of some thousand terms lose two or three digits.
     torch.float64: 1e-11,
     # float32: half an ulp is 6e-8; decays near 1 and sums over ~2000 steps amplify it by up to about 50.
     torch.float32: 4e-6,

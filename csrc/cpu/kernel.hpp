@@ -45,16 +45,16 @@ int rom_cpu_isa_level();
     return level == 2 ? name##_avx512(args) : level == 1 ? name##_avx2(args) : name##_base(args); \
   }
 #elif defined(ROM_ISA_BASE)
-#define ROM_CPU_ENTRY(name, result, args_t)       \
+#define ROM_CPU_ENTRY(name, result, args_t)          \
   extern "C" result name##_base(const args_t* args); \
   extern "C" result name##_cpu(const args_t* args) { return name##_base(args); }
 #else
 #define ROM_CPU_ENTRY(name, result, args_t)
 #endif
 
-#define ROM_CPU_KERNEL_(name, result, args_t)                  \
-  ROM_CPU_ENTRY(name, result, args_t)                          \
-  static result ROM_PASTE(name, body)(const args_t& a);        \
+#define ROM_CPU_KERNEL_(name, result, args_t)                                                             \
+  ROM_CPU_ENTRY(name, result, args_t)                                                                     \
+  static result ROM_PASTE(name, body)(const args_t& a);                                                   \
   extern "C" result ROM_PASTE(name, ROM_ISA)(const args_t* args) { return ROM_PASTE(name, body)(*args); } \
   static result ROM_PASTE(name, body)(const args_t& a)
 

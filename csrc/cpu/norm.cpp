@@ -57,7 +57,8 @@ void forward_row(const rom_norm_forward_args& a, int64_t r) {
   const T rstd = (T)1 / (T)sqrt(sum<T>(squares) / (T)dim + (T)a.eps);
   ((T*)a.rstd.data)[r] = rstd;
   X* out = row_out<X>(a.out, r);
-  each_vector<T>(dim, [&](int64_t i, int count) { put(out + i, total(i, count) * rstd * get(weight + i, count), count); });
+  each_vector<T>(dim,
+                 [&](int64_t i, int count) { put(out + i, total(i, count) * rstd * get(weight + i, count), count); });
 }
 
 // With xhat = sum * rstd and g = grad_out * weight:  grad_sum += rstd * (g - xhat * mean(g * xhat)).
@@ -141,7 +142,7 @@ ROM_CPU_WORKSPACE(rom_norm_backward, rom_norm_backward_args) {
 }
 
 ROM_CPU_KERNEL(rom_norm_backward, rom_norm_backward_args) {
-  const bool known = with_types(a.grad_x.dtype, a.sum.dtype,
-                                [&]<class X, class R>(Type<X>, Type<R>) { backward<X, R>(a); });
+  const bool known =
+      with_types(a.grad_x.dtype, a.sum.dtype, [&]<class X, class R>(Type<X>, Type<R>) { backward<X, R>(a); });
   return known ? ROM_OK : dtype_error(a.grad_x.dtype, a.sum.dtype);
 }

@@ -166,7 +166,8 @@ template <class T>
 ROM_INLINE T sum(Vec<T> v) {
   T x[lanes<T>];
   __builtin_memcpy(x, &v, sizeof(v));
-  ROM_UNROLL for (int width = lanes<T> / 2; width > 0; width /= 2)
+  ROM_UNROLL
+  for (int width = lanes<T> / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];
 }
@@ -213,9 +214,9 @@ ROM_INLINE vdouble exp2(vdouble x) {
   const vdouble shifted = x + 6755399441055744.0, n = shifted - 6755399441055744.0;  // 1.5 * 2^52
   const vdouble r = (x - n) * 0.693147180559945309417232;
   vdouble p = broadcast(1.0 / 6227020800.0);
-  const double inverse_factorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                                      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
-                                      1.0 / 2,         1.0,            1.0};
+  const double inverse_factorial[] = {
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
   for (double c : inverse_factorial) p = p * r + c;
   return (vdouble)((vint64)p + ((vint64)shifted << 52));
 }
@@ -283,8 +284,7 @@ struct FlushSubnormals {
 // body(task, worker) for every task; `body` may be any local function object.
 template <class F>
 ROM_INLINE void parallel_for(int64_t tasks, int64_t threads, F body) {
-  rom_parallel_for(
-      tasks, threads, [](void* f, int64_t task, int64_t worker) { (*(F*)f)(task, worker); }, &body);
+  rom_parallel_for(tasks, threads, [](void* f, int64_t task, int64_t worker) { (*(F*)f)(task, worker); }, &body);
 }
 
 // Calls f(Type<S>{}) with the storage type S that `dtype` names; answers false for a type that is not floating.

@@ -69,7 +69,8 @@ rom_status launch(const rom_norm_forward_args& a) {
                  a.x.size[1],     a.x.stride[0],   a.residual.stride[0],
                  a.out.stride[0], a.sum.stride[0], static_cast<float>(a.eps)};
   if (a.x.size[0] == 0) return ROM_OK;
-  norm_forward<X, R><<<static_cast<unsigned>(a.x.size[0]), kThreads, 0, static_cast<cudaStream_t>(a.launch.stream)>>>(p);
+  norm_forward<X, R>
+      <<<static_cast<unsigned>(a.x.size[0]), kThreads, 0, static_cast<cudaStream_t>(a.launch.stream)>>>(p);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? ROM_OK : rom_fail(ROM_DEVICE_ERROR, "launch: %s", cudaGetErrorString(error));
 }

@@ -46,14 +46,21 @@ def check_tensors(op: str, first: str, **tensors: torch.Tensor | None) -> None:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"rom.ops.{op}: expected {name} to be a tensor, got {type(tensor).__name__}.")
         if lead is not None and tensor.device != lead.device:
-            fail(op, f"{name} on {lead.device} like {first}", str(tensor.device), f"Move it with {name}.to({first}.device).")
+            fail(
+                op,
+                f"{name} on {lead.device} like {first}",
+                str(tensor.device),
+                f"Move it with {name}.to({first}.device).",
+            )
 
 
 def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
     """`tensor` must have one of the dtypes the kernels read."""
     if tensor.dtype not in FLOATING:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
-        raise TypeError(f"rom.ops.{op}: expected {name} of dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}.")
+        raise TypeError(
+            f"rom.ops.{op}: expected {name} of dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}."
+        )
 
 
 def check_same_dtype(op: str, first: str, **tensors: torch.Tensor | None) -> None:

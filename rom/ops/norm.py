@@ -215,9 +215,7 @@ def _autograd(ctx, grad_out, grad_sum, _):  # type: ignore[no-untyped-def]
     if grad_out is None:
         grad_out = total.new_zeros(total.shape, dtype=ctx.dtype)
     grad_sum = grad_sum if ctx.has_residual else None
-    grad, kept, grad_weight = torch.ops.rom.add_rms_norm_backward(
-        total, weight, rstd, grad_out, grad_sum, ctx.backend
-    )
+    grad, kept, grad_weight = torch.ops.rom.add_rms_norm_backward(total, weight, rstd, grad_out, grad_sum, ctx.backend)
     grad_residual = None if not ctx.has_residual else grad if total.dtype == grad.dtype else kept
     return grad, grad_weight.to(weight.dtype), grad_residual, None, None
 

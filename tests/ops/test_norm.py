@@ -63,7 +63,9 @@ def test_gradcheck_runs_the_native_kernel(monkeypatch):
 def test_double_backward_goes_through_the_reference():
     x, weight, residual = make((3, 4), torch.float64, torch.float64)
     with rom.backend("reference"):
-        assert torch.autograd.gradgradcheck(rom.ops.add_rms_norm, (x, weight.detach().double().requires_grad_(), residual))
+        assert torch.autograd.gradgradcheck(
+            rom.ops.add_rms_norm, (x, weight.detach().double().requires_grad_(), residual)
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (2, 0, 3)])
