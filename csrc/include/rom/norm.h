@@ -28,6 +28,8 @@ rom_status rom_norm_forward_cpu(const rom_norm_forward_args* args);
 rom_status rom_norm_backward_cpu(const rom_norm_backward_args* args);
 int64_t rom_norm_backward_workspace_cpu(const rom_norm_backward_args* args);
 rom_status rom_norm_forward_cuda(const rom_norm_forward_args* args);
+rom_status rom_norm_backward_cuda(const rom_norm_backward_args* args);
+int64_t rom_norm_backward_workspace_cuda(const rom_norm_backward_args* args);
 
 #ifdef __cplusplus
 }

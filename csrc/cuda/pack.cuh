@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Storage types on the device and packs of them: V neighbours moved by loads and stores of up to 16 bytes.
+#pragma once
+#include "cuda/launch.cuh"
+#include "rom/abi.h"
+
+namespace {
+#include "core/scalar.hpp"
+
+template <class S>
+using Compute = decltype(widen(S{}));  // float; double for double
+
+template <class S>
+__device__ __forceinline__ Compute<S> read(S x) {
+  return widen(x);
+}
+template <class S>
+__device__ __forceinline__ S rounded(Compute<S> x) {
+  return narrow<S>(x);
+}
+#if defined(__CUDACC__)  // one conversion instruction instead of integer arithmetic
+template <>
+__device__ __forceinline__ float read(float16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+template <>
+__device__ __forceinline__ float16 rounded(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+__device__ __forceinline__ bfloat16 rounded(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+#endif
+
+template <class S, int V>
+struct alignas(sizeof(S) * V < 16 ? sizeof(S) * V : 16) Pack {
+  S lane[V];
+};
+
+// The values of p[0 … V-1] in the compute type; p is aligned to the pack.
+template <int V, class S>
+__device__ __forceinline__ void load_pack(const S* p, Compute<S> (&to)[V]) {
+  const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(p);
+  for (int v = 0; v < V; ++v) to[v] = read(pack.lane[v]);
+}
+template <int V, class S>
+__device__ __forceinline__ void store_pack(S* p, const Compute<S> (&from)[V]) {
+  Pack<S, V> pack;
+  for (int v = 0; v < V; ++v) pack.lane[v] = rounded<S>(from[v]);
+  *reinterpret_cast<Pack<S, V>*>(p) = pack;
+}
+
+// Whether every row of t starts where a pack of `lanes` may start. An absent tensor has no say.
+inline bool rows_aligned(const rom_tensor& t, int64_t lanes) {
+  const int64_t element = t.dtype == ROM_FLOAT64 ? 8 : t.dtype == ROM_FLOAT32 ? 4 : 2;
+  const int64_t bytes = lanes * element < 16 ? lanes * element : 16;
+  const bool start = reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(bytes) == 0;
+  return !t.data || (start && (t.ndim < 2 || t.size[0] < 2 || t.stride[0] % lanes == 0));
+}
+}  // namespace
