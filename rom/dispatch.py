@@ -77,6 +77,11 @@ def implementation(op: str, backend: str) -> Implementation:
     return _implementations[op][backend]
 
 
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU (tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _unavailable(op: str, backend: str) -> str:
     """Why this machine cannot run `op` on `backend`; empty if it can."""
     if backend not in BACKENDS:
@@ -87,8 +92,7 @@ def _unavailable(op: str, backend: str) -> str:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; `pip install 'rom-kernels[triton]'`"
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return "" if torch.cuda.is_available() or interpreted else "no GPU is visible"
+        return "" if torch.cuda.is_available() or _interpreted() else "no GPU is visible"
     if backend == "cuda":
         if native.CUDA_REASON:
             return f"{native.CUDA_REASON}; rebuild with nvcc on PATH or ROM_CUDA=pip"
@@ -116,7 +120,6 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op: str, device_type: str, refusals: tuple[tuple[str, str], ...] = ()) -> str:
     """The backend that runs this call of `op`; under torch.compile the choice is made once, while tracing.
 
@@ -125,7 +128,8 @@ def choose(op: str, device_type: str, refusals: tuple[tuple[str, str], ...] = ()
     refused = dict(refusals)
 
     def reason(backend: str) -> str:
-        if backend not in _ORDER.get(device_type, ("reference",)):
+        on_cpu = backend == "triton" and _interpreted()
+        if backend not in _ORDER.get(device_type, ("reference",)) and not on_cpu:
             return f"the tensors are on {device_type}"
         return _unavailable(op, backend) or refused.get(backend, "")
 
@@ -149,6 +153,10 @@ def choose(op: str, device_type: str, refusals: tuple[tuple[str, str], ...] = ()
             raise BackendError(f"rom.ops.{op}: under `strict` the slow reference backend is refused. {text}.")
         _warn_once(op, backend, text)
     return backend
+
+
+# What @torch.compiler.assume_constant_result does, without its import of the whole compiler: 1 s of `import rom`.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backends() -> list[BackendStatus]:

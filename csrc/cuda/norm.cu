@@ -11,9 +11,9 @@
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int64_t kRowsPerBlock = 16;             // backward: a line of grad_weight costs 1/16 of the rows' own traffic
-constexpr int64_t kMaxLines = 2048;               // and the lines never more than 2048 rows
-constexpr int64_t kMaxSharedBytes = 48 * 1024;    // what every launch may ask for without an opt-in
+constexpr int64_t kRowsPerBlock = 16;           // backward: a line of grad_weight costs 1/16 of the rows' own traffic
+constexpr int64_t kMaxLines = 2048;             // and the lines never more than 2048 rows
+constexpr int64_t kMaxSharedBytes = 48 * 1024;  // what every launch may ask for without an opt-in
 constexpr int kReduceColumns = 32, kReduceRows = 8;
 
 template <class S>

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import importlib
+from contextlib import nullcontext
+from typing import Any, NoReturn, Protocol
 
 import torch
+
+from rom import native
 
 #: Every operator is `torch.ops.rom.<name>`. FRAGMENT, so that a reload does not fail.
 LIBRARY = torch.library.Library("rom", "FRAGMENT")
@@ -85,3 +89,28 @@ def unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None or tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
         return tensor
     return tensor.contiguous()
+
+
+class Kernels(Protocol):
+    """Where kernels are: the module `rom.native`, or `Triton`."""
+
+    def call(self, kernel: str, device: torch.device, **arguments: Any) -> None: ...
+    def workspace(self, kernel: str, device: torch.device, **arguments: Any) -> torch.Tensor: ...
+
+
+class Triton:
+    """The Triton kernels of a module, whose functions take what the native kernels of the same names take.
+
+    The module is imported at the first call: `import rom` never imports triton.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def call(self, kernel: str, device: torch.device, **arguments: Any) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            getattr(importlib.import_module(self.module), kernel)(**arguments)
+
+    def workspace(self, kernel: str, device: torch.device, **arguments: Any) -> torch.Tensor:
+        size = getattr(importlib.import_module(self.module), f"{kernel}_workspace")(**arguments)
+        return native.empty((size,), torch.uint8, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from rom import dispatch, native
@@ -44,7 +46,9 @@ def add_rms_norm(
     tensor([[0.8485, 1.1314]])
     """
     _validate(x, weight, residual, residual_dtype)
-    backend = dispatch.choose("add_rms_norm", x.device.type)
+    wide = x.shape[-1] > 65536
+    refusals = (("triton", "a row of more than 65536 values does not fit its tile"),) if wide else ()
+    backend = dispatch.choose("add_rms_norm", x.device.type, refusals)
     if backend == "reference" and not torch.compiler.is_compiling():
         return reference.add_rms_norm(x, weight, residual, eps, residual_dtype)
     kept = residual_dtype or (x.dtype if residual is None else residual.dtype)
@@ -73,19 +77,20 @@ def _validate(
         raise TypeError(f"rom.ops.{op}: expected residual of dtype {expected} (residual_dtype), got {residual.dtype}.")
 
 
-# ------------------------------------------------------------------------------------------------ native kernels
+# ------------------------------------------------------------------------------------------------ kernels
+# `kernels` is rom.native or rom.ops._op.Triton: the same two functions, so that one piece of code feeds both.
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).contiguous()
 
 
-def _native_forward(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
+def _kernel_forward(
+    kernels: _op.Kernels, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, compute = _rows(x), _op.compute_dtype(x.dtype)
     out = native.empty(rows.shape, x.dtype, x.device)
     rstd = native.empty((rows.shape[0],), compute, x.device)
     total = None if residual is None else native.empty(rows.shape, residual.dtype, x.device)
-    native.call(
+    kernels.call(
         "norm_forward",
         x.device,
         x=rows,
@@ -99,8 +104,13 @@ def _native_forward(
     return out.view(x.shape), x.new_empty(0) if total is None else total.view(x.shape), rstd
 
 
-def _native_backward(
-    total: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, grad_out: torch.Tensor, grad_sum: torch.Tensor | None
+def _kernel_backward(
+    kernels: _op.Kernels,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_sum: torch.Tensor | None,
 ) -> Grads:
     compute = _op.compute_dtype(grad_out.dtype)
     rows = _rows(total)
@@ -117,8 +127,8 @@ def _native_backward(
         "grad_residual": grad_residual,
         "grad_weight": grad_weight,
     }
-    workspace = native.workspace("norm_backward", total.device, **arguments)
-    native.call("norm_backward", total.device, workspace=workspace, **arguments)
+    workspace = kernels.workspace("norm_backward", total.device, **arguments)
+    kernels.call("norm_backward", total.device, workspace=workspace, **arguments)
     kept = grad_x.new_empty(0) if grad_residual is None else grad_residual.view(total.shape)
     return grad_x.view(total.shape), kept, grad_weight
 
@@ -147,9 +157,19 @@ def _reference_backward(
     return grad.to(grad_out.dtype), kept, grad_weight
 
 
-for _backend in ("cpu", "cuda"):
+_TRITON = "rom.triton_kernels.norm"
+for _backend, _kernels, _names in (
+    ("cuda", native, ("norm_forward", "norm_backward")),
+    ("triton", _op.Triton(_TRITON), ()),
+    ("cpu", native, ("norm_forward", "norm_backward")),
+):
     dispatch.register(
-        "add_rms_norm", _backend, _native_forward, _native_backward, kernels=("norm_forward", "norm_backward")
+        "add_rms_norm",
+        _backend,
+        partial(_kernel_forward, _kernels),
+        partial(_kernel_backward, _kernels),
+        kernels=_names,
+        module=_TRITON if _backend == "triton" else None,
     )
 dispatch.register("add_rms_norm", "reference", _reference_forward, _reference_backward)
 

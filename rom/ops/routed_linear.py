@@ -258,7 +258,9 @@ def _backward_with(product: Product, outer: Outer) -> Callable[..., Grads]:
     return backward
 
 
-dispatch.register("routed_linear", "cpu", _forward_with(_blocks_product), _backward_with(_blocks_product, _blocks_outer))
+dispatch.register(
+    "routed_linear", "cpu", _forward_with(_blocks_product), _backward_with(_blocks_product, _blocks_outer)
+)
 dispatch.register(
     "routed_linear", "reference", _forward_with(_masked_product), _backward_with(_masked_product, _masked_outer)
 )

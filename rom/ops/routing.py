@@ -137,9 +137,7 @@ _op.define(
 )
 
 
-def _forward(
-    logits: torch.Tensor, top_k: int, normalize: bool, routed_scale: float, backend: str
-) -> reference.Tensors:
+def _forward(logits: torch.Tensor, top_k: int, normalize: bool, routed_scale: float, backend: str) -> reference.Tensors:
     return dispatch.implementation("route", backend).forward(logits, top_k, normalize, routed_scale)
 
 

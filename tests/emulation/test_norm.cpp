@@ -19,7 +19,10 @@ std::mt19937 generator(1);
 int failures = 0;
 
 template <class S>
-constexpr int kDtype = std::is_same_v<S, float> ? ROM_FLOAT32 : std::is_same_v<S, bfloat16> ? ROM_BFLOAT16 : std::is_same_v<S, float16> ? ROM_FLOAT16 : ROM_FLOAT64;
+constexpr int kDtype = std::is_same_v<S, float>      ? ROM_FLOAT32
+                       : std::is_same_v<S, bfloat16> ? ROM_BFLOAT16
+                       : std::is_same_v<S, float16>  ? ROM_FLOAT16
+                                                     : ROM_FLOAT64;
 
 // A tensor of (rows, dim), or (dim) when rows is 0, filled with noise or poison. Rows are `gap` elements apart.
 template <class S>
@@ -70,10 +73,13 @@ void check(rom_status status) {
 template <class X, class R>
 void run(int64_t rows, int64_t dim, bool residual, int64_t gap) {
   using T = decltype(widen(X{}));
-  std::printf("x %d, stream %d, (%ld, %ld), residual %d, gap %ld\n", kDtype<X>, kDtype<R>, (long)rows, (long)dim, residual, (long)gap);
+  std::printf("x %d, stream %d, (%ld, %ld), residual %d, gap %ld\n", kDtype<X>, kDtype<R>, (long)rows, (long)dim,
+              residual, (long)gap);
   const double tolerance = sizeof(X) == 2 ? 8e-3 : sizeof(X) == 4 ? 2e-6 : 1e-14, eps = 1e-5;
-  Tensor<X> x(rows, dim, true, gap), out(rows, dim, false, gap), grad_out(rows, dim, true, gap), grad_x(rows, dim, false, gap);
-  Tensor<R> stream(rows, dim, true, gap), sum(rows, dim, false, gap), grad_sum(rows, dim, true, gap), grad_stream(rows, dim, false, gap);
+  Tensor<X> x(rows, dim, true, gap), out(rows, dim, false, gap), grad_out(rows, dim, true, gap),
+      grad_x(rows, dim, false, gap);
+  Tensor<R> stream(rows, dim, true, gap), sum(rows, dim, false, gap), grad_sum(rows, dim, true, gap),
+      grad_stream(rows, dim, false, gap);
   Tensor<T> weight(0, dim, true), rstd(0, rows, false), grad_weight(0, dim, false);
 
   rom_norm_forward_args f{};
