@@ -23,6 +23,7 @@ typedef float vfloat __attribute__((vector_size(ROM_VECTOR_BYTES)));
 typedef double vdouble __attribute__((vector_size(ROM_VECTOR_BYTES)));
 typedef int32_t vint32 __attribute__((vector_size(ROM_VECTOR_BYTES)));
 typedef int64_t vint64 __attribute__((vector_size(ROM_VECTOR_BYTES)));
+typedef uint32_t vuint32 __attribute__((vector_size(ROM_VECTOR_BYTES)));
 
 template <class T>
 struct VecOf;
@@ -107,9 +108,9 @@ ROM_INLINE void store(T* p, Vec<T> v) {
 }
 ROM_INLINE void store(bfloat16* p, vfloat v) {
 #if defined(__AVX512F__) || defined(__AVX2__)
-  const vint32 bits = (vint32)v;
-  const vint32 even = bits + 0x7fff + ((bits >> 16) & 1);
-  const vint32 rounded = ((v != v) ? (bits | 0x00400000) : even);  // a NaN stays a NaN
+  const vuint32 bits = (vuint32)v;
+  const vuint32 even = bits + 0x7fff + ((bits >> 16) & 1);
+  const vuint32 rounded = ((v != v) ? (bits | 0x00400000) : even);  // a NaN stays a NaN
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded, 16)));
 #else
