@@ -19,8 +19,8 @@ class RoutedLinear(nn.Module):
         num_experts: E ≥ 1.
         bias: one bias vector per expert.
 
-    Parameters: weight `[E, out, in]` and bias `[E, out]`, each expert initialised like `nn.Linear`. With one expert there
-    is no expert axis: the parameters are those of `nn.Linear`, and so is the result.
+    Parameters: weight `[E, out, in]` and bias `[E, out]`, each expert initialised like `nn.Linear`. With one expert
+    there is no expert axis: the parameters are those of `nn.Linear`, and so is the result.
 
     Raises:
         ValueError: a size is below 1.
@@ -66,9 +66,8 @@ class RoutedLinear(nn.Module):
         rows_out: str = "token",
     ) -> torch.Tensor:
         """x `[T, in]` (or `[T·K, in]` in expert order) to `[T, out]` (or `[T·K, out]`)."""
-        weight, bias = self.weight, self.bias
-        if self.num_experts == 1:
-            weight, bias = weight[None], None if bias is None else bias[None]
+        bias = None if self.bias is None else self.bias.view(self.num_experts, -1)
+        weight = self.weight.view(self.num_experts, self.out_features, self.in_features)
         return routed_linear(x, weight, routing, bias, weighted, rows_in, rows_out)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,8 @@ def routed_linear(
         rows_in, rows_out: "token" or "expert".
 
     Returns:
-        `[T, out]`, or `[T·K, out]` with rows_out="expert", in x's dtype; under autocast x, weight and bias are cast to its
-        dtype, the routing weights are not. Products and the sum over K accumulate in float32, in a fixed order.
+        `[T, out]`, or `[T·K, out]` with rows_out="expert", in x's dtype; under autocast x, weight and bias are cast to
+        its dtype, the routing weights are not. Products and the sum over K accumulate in float32, in a fixed order.
         Gradients flow to x, weight (zero for an expert without rows), bias and `routing.weights`.
 
     Raises:
@@ -149,7 +150,7 @@ Outer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def _sizes(offsets: torch.Tensor) -> list[int]:
     ends = offsets.tolist()
-    return [end - start for start, end in zip(ends, ends[1:])]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _blocks_product(
@@ -240,7 +241,7 @@ def _backward_with(product: Product, outer: Outer) -> Callable[..., Grads]:
         grad_x = grad_weight = grad_bias = grad_weights = empty
         back = product(grad, weight, offsets, None) if needs_x or needs_weights else empty
         rows = _gather(x, perm, top_k) if rows_in == "token" and (needs_weight or needs_weights) else x
-        if needs_weights:
+        if weights is not None and needs_weights:
             # dR = ⟨dO, x Wᵀ + b⟩ = ⟨dO W, x⟩ + ⟨dO, b⟩: no expert output has to be kept for it.
             dots = (back.to(compute) * rows.to(compute)).sum(-1)
             if bias is not None:
@@ -278,13 +279,15 @@ _op.define(
 
 
 def _forward(*arguments):  # type: ignore[no-untyped-def]
-    *arguments, backend = arguments
-    return dispatch.implementation("routed_linear", backend).forward(*arguments)
+    *given, backend = arguments
+    return dispatch.implementation("routed_linear", backend).forward(*given)
 
 
 def _backward(*arguments):  # type: ignore[no-untyped-def]
-    *arguments, backend = arguments
-    return dispatch.implementation("routed_linear", backend).backward(*arguments)
+    *given, backend = arguments
+    run = dispatch.implementation("routed_linear", backend).backward
+    assert run is not None
+    return run(*given)
 
 
 _op.LIBRARY.impl("routed_linear", _forward, "CompositeExplicitAutograd")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from rom import dispatch
+from rom import dispatch, native
 from rom.ops import _op
 from rom.reference import routing as reference
 
@@ -14,8 +14,8 @@ from rom.reference import routing as reference
 class Routing(NamedTuple):
     """Which experts every token goes to, with which weight, and the order in which the experts see the tokens.
 
-    A slot is (token t, choice k), numbered t·K + k; a row is a place in expert order: the slots sorted by expert, then by
-    slot. Immutable; built by `rom.ops.route`, once for all projections that share the decision.
+    A slot is (token t, choice k), numbered t·K + k. A row is a place in expert order: the slots sorted by expert, then
+    by slot. Immutable; built by `rom.ops.route`, once for all projections that share the decision.
 
     Fields (T tokens, K = top_k, E experts; the floating ones are differentiable):
         indices: `[T, K]` int32, the experts of each token, best first.
@@ -59,12 +59,12 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool = False, routed_scal
     Args:
         logits: `[T, E]`, float32, bfloat16, float16 or float64. Compute them in float32: rounded logits tie.
         top_k: experts per token, 1 … E.
-        normalize: divide the weights by their sum. With top_k = 1 they are then constant, and the router learns nothing.
+        normalize: divide the weights by their sum. With top_k = 1 they are then constant: no gradient for the router.
         routed_scale: factor on the weights.
 
     Returns:
-        `rom.Routing`. Softmax runs over all experts in float32 (float64 for float64 logits, fields included). Selection is
-        on the logits and ties go to the lower index, so the choice is the same on every device and backend.
+        `rom.Routing`. Softmax runs over all experts in float32 (float64 for float64 logits, fields included).
+        Selection is on the logits and ties go to the lower index: the same choice on every device and backend.
         Gradients flow to the logits through `weights` and `probs`.
         A NaN counts as the largest logit and makes the token's weights and probs NaN; the integers stay valid.
 
@@ -84,7 +84,9 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool = False, routed_scal
     backend = dispatch.choose("route", logits.device.type)
     if backend == "reference" and not torch.compiler.is_compiling():
         return Routing(*reference.route(logits, top_k, normalize, routed_scale))
-    return Routing(*torch.ops.rom.route(logits, top_k, normalize, routed_scale, backend))
+    # The op's first output is a floating one, as opcheck wants it.
+    weights, indices, *others = torch.ops.rom.route(logits, top_k, normalize, routed_scale, backend)
+    return Routing(indices, weights, *others)
 
 
 def _validate(logits: torch.Tensor, top_k: int) -> None:
@@ -96,11 +98,58 @@ def _validate(logits: torch.Tensor, top_k: int) -> None:
         raise TypeError(f"rom.ops.route: expected top_k to be an int, got {type(top_k).__name__}.")
     if not 1 <= top_k <= logits.shape[1]:
         _op.fail("route", f"top_k in 1 … {logits.shape[1]} (the number of experts)", str(top_k))
+    # Not while tracing: it would bound the batch of an exported program. The kernel checks again.
+    if not torch.compiler.is_compiling() and logits.shape[0] * top_k >= 2**31:
+        _op.fail("route", "tokens × top_k below 2147483648 (rows are int32)", f"{logits.shape[0]} × {top_k}")
 
 
 # ------------------------------------------------------------------------------------------------ implementations
-def _reference_forward(logits: torch.Tensor, top_k: int, normalize: bool, routed_scale: float) -> reference.Tensors:
-    return reference.route(logits, top_k, normalize, routed_scale)
+_REAL = ("weights", "probs")
+
+
+def _shapes(logits: torch.Tensor, top_k: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of indices, weights, counts, offsets, perm, inv, probs."""
+    tokens, experts = logits.shape
+    slots = (tokens, top_k)
+    return slots, slots, (experts,), (experts + 1,), (tokens * top_k,), slots, (tokens, experts)
+
+
+def _native_forward(logits: torch.Tensor, top_k: int, normalize: bool, routed_scale: float) -> reference.Tensors:
+    real, integer = _op.compute_dtype(logits.dtype), torch.int32
+    fields = {
+        name: native.empty(shape, real if name in _REAL else integer, logits.device)
+        for name, shape in zip(Routing._fields, _shapes(logits, top_k))
+    }
+    scalars = {"normalize": int(normalize), "routed_scale": routed_scale}
+    arguments = {"logits": logits.contiguous(), **fields, **scalars}
+    workspace = native.workspace("route_forward", logits.device, **arguments)
+    native.call("route_forward", logits.device, workspace=workspace, **arguments)
+    return tuple(fields.values())
+
+
+def _native_backward(
+    probs: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    grad_weights: torch.Tensor,
+    grad_probs: torch.Tensor | None,
+    normalize: bool,
+    routed_scale: float,
+) -> torch.Tensor:
+    grad_logits = native.empty(probs.shape, probs.dtype, probs.device)
+    native.call(
+        "route_backward",
+        probs.device,
+        probs=probs,
+        indices=indices,
+        weights=weights,
+        grad_weights=grad_weights.contiguous(),
+        grad_probs=None if grad_probs is None else grad_probs.contiguous(),
+        grad_logits=grad_logits,
+        normalize=int(normalize),
+        routed_scale=routed_scale,
+    )
+    return grad_logits
 
 
 def _reference_backward(
@@ -122,8 +171,8 @@ def _reference_backward(
     return probs * (grad - (grad * probs).sum(-1, keepdim=True))
 
 
-for _backend in ("cpu", "reference"):
-    dispatch.register("route", _backend, _reference_forward, _reference_backward)
+dispatch.register("route", "cpu", _native_forward, _native_backward, kernels=("route_forward", "route_backward"))
+dispatch.register("route", "reference", reference.route, _reference_backward)
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -138,7 +187,10 @@ _op.define(
 
 
 def _forward(logits: torch.Tensor, top_k: int, normalize: bool, routed_scale: float, backend: str) -> reference.Tensors:
-    return dispatch.implementation("route", backend).forward(logits, top_k, normalize, routed_scale)
+    indices, weights, *others = dispatch.implementation("route", backend).forward(
+        logits, top_k, normalize, routed_scale
+    )
+    return weights, indices, *others
 
 
 def _backward(
@@ -162,12 +214,12 @@ _op.LIBRARY.impl("route_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("rom::route")
 def _(logits, top_k, normalize, routed_scale, backend):  # type: ignore[no-untyped-def]
-    tokens, experts = logits.shape
     real, integer = _op.compute_dtype(logits.dtype), torch.int32
-    shapes = [(tokens, top_k), (tokens, top_k), (experts,), (experts + 1,), (tokens * top_k,), (tokens, top_k)]
-    dtypes = [integer, real, integer, integer, integer, integer]
-    fields = [logits.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)]
-    return *fields, logits.new_empty(logits.shape, dtype=real)
+    fields = zip(Routing._fields, _shapes(logits, top_k))
+    indices, weights, *others = (
+        logits.new_empty(shape, dtype=real if name in _REAL else integer) for name, shape in fields
+    )
+    return weights, indices, *others
 
 
 @torch.library.register_fake("rom::route_backward")
@@ -177,7 +229,7 @@ def _(probs, indices, weights, grad_weights, grad_probs, normalize, routed_scale
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     logits, _, ctx.normalize, ctx.routed_scale, ctx.backend = inputs
-    indices, weights, *integers, probs = output
+    weights, indices, *integers, probs = output
     ctx.save_for_backward(probs, indices, weights)
     ctx.dtype = logits.dtype
     ctx.mark_non_differentiable(indices, *integers)
@@ -186,7 +238,7 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, *grads):  # type: ignore[no-untyped-def]
     probs, indices, weights = ctx.saved_tensors
-    grad_weights, grad_probs = grads[1], grads[6]
+    grad_weights, *_, grad_probs = grads
     if grad_weights is None:
         if grad_probs is None:
             return None, None, None, None, None
