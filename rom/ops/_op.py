@@ -81,7 +81,8 @@ def check_same_dtype(op: str, first: str, **tensors: torch.Tensor | None) -> Non
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device type, or None outside autocast."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which knows no meta device
+    return torch.get_autocast_dtype(device_type) if enabled else None
 
 
 def unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
