@@ -1,9 +1,23 @@
 """rom: fast kernels for projection layers and what flows through them, and models built on them."""
 
 from rom import native as native  # first: it explains a missing or stale build
-from rom import nn, ops
+
+# isort: split
+from rom import models, nn, ops
 from rom.dispatch import BackendError, BackendStatus, FallbackWarning, backend, backends
+from rom.nn import RoutingMambaBlock
 from rom.ops import Routing
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "BackendStatus", "FallbackWarning", "Routing", "backend", "backends", "nn", "ops"]
+__all__ = [
+    "BackendError",
+    "BackendStatus",
+    "FallbackWarning",
+    "Routing",
+    "RoutingMambaBlock",
+    "backend",
+    "backends",
+    "models",
+    "nn",
+    "ops",
+]

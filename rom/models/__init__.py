@@ -1,1 +1,7 @@
 """Reference systems over the modules."""
+
+from rom.models.cache import RoutingMambaCache
+from rom.models.config import RoutingMambaConfig
+from rom.models.language_model import RoutingMambaLM, RoutingMambaOutput
+
+__all__ = ["RoutingMambaCache", "RoutingMambaConfig", "RoutingMambaLM", "RoutingMambaOutput"]

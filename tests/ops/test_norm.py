@@ -46,6 +46,20 @@ def test_matches_float64(dtypes, residual, device):
     compare((3, 65, 37), *dtypes, device, residual)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(33, 37), (5, 64, 2048), (3, 12304), (40000, 128)], ids=str)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "-".join(str(d).removeprefix("torch.") for d in p))
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gpu_kernels(backend, dtypes, shape):
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU is visible")
+    with rom.backend(backend):
+        compare(shape, *dtypes, "cuda")
+        x, weight, residual = make(shape, *dtypes, "cuda")
+        runs = [outputs_and_gradients(rom.ops.add_rms_norm, x, weight, residual, (x, x)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
 @settings(max_examples=30)
 @given(rows=st.integers(1, 140), dim=st.integers(1, 70), seed=st.integers(0, 2**31))
 def test_any_shape(rows, dim, seed):

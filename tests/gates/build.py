@@ -1,0 +1,48 @@
+"""Cubins for sm_90a without a GPU: CUDA sources by nvcc, Triton kernels by Triton's own compiler."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+CSRC = Path(__file__).parent.parent.parent / "csrc"
+
+
+def find_nvcc() -> str | None:
+    """nvcc's path, or None."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def compile_cuda(source: str, folder: Path) -> Path:
+    """csrc/cuda/<source> for sm_90a, with the flags of CMakeLists.txt: a register spill is an error."""
+    cubin = folder / f"{source}.cubin"
+    flags = ["-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    flags += ["-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "--warn-on-spills,--warning-as-error"]
+    nvcc = find_nvcc()
+    assert nvcc, "ask find_nvcc first"
+    subprocess.run([nvcc, "-cubin", *flags, str(CSRC / "cuda" / source), "-o", str(cubin)], check=True)
+    return cubin
+
+
+def compile_triton(
+    module: str, kernel: str, folder: Path, signature: dict[str, str], constants: dict[str, object], num_warps: int
+) -> tuple[Path, int]:
+    """A @triton.jit function of rom.triton_kernels.<module> for sm_90: (cubin, bytes of shared memory).
+
+    `signature` gives every run-time argument its type ("*bf16", "i32"), `constants` the others their values (None for a
+    tensor that is absent). Pointers and integers count as multiples of 16, as they are in a model, or loads would not vectorise.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    function = getattr(importlib.import_module(f"rom.triton_kernels.{module}"), kernel)
+    types = {name: signature.get(name, "constexpr") for name in function.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind != "constexpr"}
+    source = ASTSource(function, types, constexprs=constants, attrs=aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    cubin = folder / f"{module}_{kernel}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    return cubin, compiled.metadata.shared

@@ -1,0 +1,60 @@
+"""Every GPU kernel compiles for Hopper within the resources of resources.toml, on a machine without a GPU."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from gates import build, sass
+
+tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+
+HERE = Path(__file__).parent
+TABLE = tomllib.loads((HERE / "resources.toml").read_text())
+MAX_SHARED = 227 * 1024  # per block on sm_90
+
+
+needs_cuobjdump = pytest.mark.skipif(sass.find_cuobjdump() is None, reason="no cuobjdump (CUDA or the triton wheel)")
+
+
+def check(row, resources, code):
+    """`resources` and `code` of all instantiations of one kernel against its row."""
+    for name, used in resources.items():
+        assert used.stack == 0, f"{name}: {used.stack} bytes of stack: registers spill"
+        assert used.registers <= row["registers"], f"{name}: {used.registers} registers > {row['registers']}"
+        assert used.shared <= min(row["shared"], MAX_SHARED), f"{name}: {used.shared} bytes of shared memory"
+    for instruction in row.get("contains", []):
+        assert any(op.startswith(instruction) for c in code.values() for _, op, _ in c), f"no {instruction}"
+    if "loop" in row:
+        largest = max((loop.size for c in code.values() for loop in sass.loops(c)), default=0)
+        assert largest <= row["loop"], f"{largest} instructions in the largest loop > {row['loop']}"
+
+
+@needs_cuobjdump
+@pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize("source", sorted(p.name for p in (build.CSRC / "cuda").glob("*.cu")))
+def test_cuda(source, tmp_path):
+    rows = TABLE["cuda"].get(source)
+    assert rows, f"{source} has no rows in tests/gates/resources.toml"
+    cubin = build.compile_cuda(source, tmp_path)
+    used, code = sass.resources(cubin), sass.instructions(cubin)
+    # A mangled name spells every identifier with its length in front: 13norm_backward is not 20norm_backward_reduce.
+    kernels = {name: [k for k in rows if f"{len(k)}{k}" in name] for name in used}
+    assert all(kernels.values()), f"without a row: {[name for name, found in kernels.items() if not found]}"
+    for kernel, row in rows.items():
+        names = [name for name, found in kernels.items() if kernel in found]
+        assert names, f"{source} has no kernel {kernel} any more"
+        check(row, {n: used[n] for n in names}, {n: code[n] for n in names})
+
+
+@needs_cuobjdump
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("module, kernel", [(m, k) for m, rows in TABLE["triton"].items() for k in rows])
+def test_triton(module, kernel, tmp_path):
+    import triton.language as tl
+
+    row = TABLE["triton"][module][kernel]
+    signature = row["pointers"] | dict.fromkeys(row["integers"], "i32")
+    constants = {n: getattr(tl, v) if isinstance(v, str) else v for n, v in row["constants"].items()}
+    cubin, shared = build.compile_triton(module, kernel, tmp_path, signature, constants, row["num_warps"])
+    assert shared <= row["shared"], f"{shared} bytes of shared memory > {row['shared']}"
+    check(row | {"shared": MAX_SHARED}, sass.resources(cubin), sass.instructions(cubin))
