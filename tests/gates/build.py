@@ -33,7 +33,7 @@ def compile_triton(
     """A @triton.jit function of rom.triton_kernels.<module> for sm_90: (cubin, bytes of shared memory).
 
     `signature` gives every run-time argument its type ("*bf16", "i32"), `constants` the others their values (None for a
-    tensor that is absent). Pointers and integers count as multiples of 16, as they are in a model, or loads would not vectorise.
+    tensor that is absent). Pointers and integers count as multiples of 16, as in a model, or loads would not vectorise.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
