@@ -188,71 +188,101 @@ ROM_INLINE vfloat reciprocal(vfloat y) {
 ROM_INLINE vdouble reciprocal(vdouble y) { return 1.0 / y; }
 
 // ------------------------------------------------------------------------------------------------ functions
-// 2^x with nearest reduction and the constant term exactly 1: a fit whose constant is 1 + 2e-7 biases decays near 1,
-// and the scan amplifies that by 1/(1 - a) (measured: 3e-4 output error instead of 5e-6). Relative error 9.2e-8.
-ROM_INLINE vfloat exp2(vfloat x) {
+// Each is written once for a vector (X = vfloat, vdouble) and for several that advance together (staged.hpp).
+
+// x = n + r with n the nearest integer; `shift` carries n to scale_by, in the form this instruction set likes.
+template <class X>
+struct Reduced {
+  X shift, r;
+};
+ROM_INLINE Reduced<vfloat> reduce(vfloat x) {
 #if defined(__AVX512F__)
   const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)x, 8);
+  return {n, x - n};
 #else
   x = at_most(at_least(x, -126.0f), 127.49999f);
-  const vfloat shifted = x + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-#endif
-  const vfloat r = x - n;
-  vfloat p = r * 0.00132646524f + 0.00967151132f;
-  p = p * r + 0.0555073396f;
-  p = p * r + 0.240222421f;
-  p = p * r + 0.693146978f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  return (vfloat)((vint32)p + ((vint32)shifted << 23));
+  const vfloat shift = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  return {shift, x - (shift - 12582912.0f)};
 #endif
 }
-// Taylor series of 2^r to degree 13: below 4e-18 on |r| <= 1/2.
-ROM_INLINE vdouble exp2(vdouble x) {
+ROM_INLINE Reduced<vdouble> reduce(vdouble x) {
   x = at_most(at_least(x, -1022.0), 1023.49);
-  const vdouble shifted = x + 6755399441055744.0, n = shifted - 6755399441055744.0;  // 1.5 * 2^52
-  const vdouble r = (x - n) * 0.693147180559945309417232;
-  vdouble p = broadcast(1.0 / 6227020800.0);
-  const double inverse_factorial[] = {
-      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
-      1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
-  for (double c : inverse_factorial) p = p * r + c;
-  return (vdouble)((vint64)p + ((vint64)shifted << 52));
+  const vdouble shift = x + 6755399441055744.0;  // 1.5 * 2^52
+  return {shift, x - (shift - 6755399441055744.0)};
+}
+// p * 2^n
+ROM_INLINE vfloat scale_by(vfloat p, vfloat shift) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)shift);
+#else
+  return (vfloat)((vint32)p + ((vint32)shift << 23));
+#endif
+}
+ROM_INLINE vdouble scale_by(vdouble p, vdouble shift) { return (vdouble)((vint64)p + ((vint64)shift << 52)); }
+
+// 2^x with nearest reduction and the constant term exactly 1: a fit whose constant is 1 + 2e-7 biases decays near 1,
+// and the scan amplifies that by 1/(1 - a) (measured: 3e-4 output error instead of 5e-6). Relative error 9.2e-8;
+// float64: the Taylor series to degree 13, below 4e-18.
+template <class X>
+ROM_INLINE X exp2(X x) {
+  const Reduced<X> part = reduce(x);
+  if constexpr (sizeof(Scalar<X>) == 4) {
+    const X r = part.r;
+    X p = r * 0.00132646524f + 0.00967151132f;
+    p = p * r + 0.0555073396f;
+    p = p * r + 0.240222421f;
+    p = p * r + 0.693146978f;
+    return scale_by(p * r + 1.0f, part.shift);
+  } else {
+    const X r = part.r * 0.693147180559945309417232;
+    X p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+    const double inverse_factorial[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+                                        1.0 / 120,      1.0 / 24,      1.0 / 6,      1.0 / 2,     1.0,        1.0};
+    for (double c : inverse_factorial) p = p * r + c;
+    return scale_by(p, part.shift);
+  }
 }
 
-template <class V>
-ROM_INLINE V exp(V x) {
-  return exp2(x * (Scalar<V>)1.44269504088896340736);
+template <class X>
+ROM_INLINE X exp(X x) {
+  return exp2(x * (Scalar<X>)1.44269504088896340736);
 }
-template <class V>
-ROM_INLINE V sigmoid(V x) {
+template <class X>
+ROM_INLINE X sigmoid(X x) {
   // Kept inside +-80 (float), so that infinities work and the reciprocal's Newton step stays finite.
-  using T = Scalar<V>;
+  using T = Scalar<X>;
   constexpr T bound = sizeof(T) == 8 ? 700 : 80;
-  return reciprocal(exp(at_least(at_most(-x, bound), -bound)) + (T)1);
+  return reciprocal(exp(at_least(at_most(x * (T)-1, bound), -bound)) + (T)1);
 }
 
-template <class V>
-struct SoftplusResult {
-  V value, slope;
+// y = 1 + e as 2^k (1 + f) with f in [1/sqrt(2) - 1, sqrt(2) - 1]; for k = 0, f is e itself: small e stay exact.
+template <class X>
+struct LogSplit {
+  X k, f;
 };
-// log(1 + e^x) and its derivative from one exponential. log1p in atanh form: log(1 + e) alone loses 1e-4 at 0.02.
-ROM_INLINE SoftplusResult<vfloat> softplus(vfloat x) {
-  const vfloat e = exp(at_least(at_most(x, 30.0f), -87.0f)), y = e + 1.0f;
-  // y = 2^k (1 + f) with f in [1/sqrt(2) - 1, sqrt(2) - 1]; for k = 0, f is e itself and small arguments stay exact.
+ROM_INLINE LogSplit<vfloat> log_split(vfloat e, vfloat y) {
   const vint32 bits = (vint32)y, k = (bits - 0x3f3504f3) >> 23;
   const vfloat mantissa = (vfloat)(bits - (k << 23));
-  const vfloat f = k > 0 ? mantissa - 1.0f : e;
-  const vfloat s = f * reciprocal(f + 2.0f), s2 = s * s;
-  vfloat p = s2 * (2.0f / 9) + (2.0f / 7);
+  return {__builtin_convertvector(k, vfloat), k > 0 ? mantissa - 1.0f : e};
+}
+ROM_INLINE vfloat select_above(vfloat x, float bound, vfloat above, vfloat below) { return x > bound ? above : below; }
+
+template <class X>
+struct SoftplusResult {
+  X value, slope;
+};
+// log(1 + e^x) and its derivative from one exponential. log1p in atanh form: log(1 + e) alone loses 1e-4 at 0.02.
+template <class X>
+ROM_INLINE SoftplusResult<X> softplus(X x) {
+  const X e = exp(at_least(at_most(x, 30.0f), -87.0f)), y = e + 1.0f;
+  const LogSplit<X> part = log_split(e, y);
+  const X s = part.f * reciprocal(part.f + 2.0f), s2 = s * s;
+  X p = s2 * (2.0f / 9) + (2.0f / 7);
   p = p * s2 + 2.0f / 5;
   p = p * s2 + 2.0f / 3;
   p = p * s2 + 2.0f;
-  const vfloat value = __builtin_convertvector(k, vfloat) * 0.69314718056f + p * s;
-  const auto large = x > 20.0f;  // torch's threshold: beyond it softplus is the identity
-  return {large ? x : value, large ? broadcast(1.0f) : e * reciprocal(y)};
+  // torch's threshold: beyond 20 softplus is the identity (and its slope rounds to 1)
+  return {select_above(x, 20.0f, x, part.k * 0.69314718056f + p * s), e * reciprocal(y)};
 }
 ROM_INLINE SoftplusResult<vdouble> softplus(vdouble x) {
   vdouble value, slope;

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from rom import dispatch
+from rom import dispatch, native
 from rom.ops import _op
 from rom.reference import scan as reference
 
 OP = "selective_scan"
 MAX_STATE = 256  # of the native kernels
+TILE = 32  # ROM_SCAN_TILE: time steps between two state checkpoints
+
+# grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_delta_bias, grad_initial_state; empty where not asked
+Grads = tuple[torch.Tensor, ...]
 
 
 def selective_scan(
@@ -79,10 +83,56 @@ def selective_scan(
     B, C = (x if x.dim() == 2 else _autocast(x) for x in (B, C))  # constant over time: parameters
     z = None if z is None else _autocast(z)
     _validate(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, out_dtype, row_index)
-    return reference.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-        initial_state, cu_seqlens, return_final_state, out_dtype, row_index,
-    )  # fmt: skip
+    backend = dispatch.choose(OP, u.device.type, _refusals(A, B, C))
+    if backend == "reference":  # under torch.compile, too: the loop over time is unrolled into the graph
+        if not torch.compiler.is_compiling():
+            _check_values(u, cu_seqlens, row_index)
+        return reference.selective_scan(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            delta_softplus,
+            initial_state,
+            cu_seqlens,
+            return_final_state,
+            out_dtype,
+            row_index,
+        )
+    differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    out, final_state, _ = torch.ops.rom.selective_scan(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        initial_state,
+        cu_seqlens,
+        row_index,
+        out_dtype or u.dtype,
+        save,
+        backend,
+    )
+    return (out, final_state) if return_final_state else out
+
+
+def _refusals(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[tuple[str, str], ...]:
+    """Why the native kernels cannot take this call."""
+    reason = ""
+    if A.is_complex() or B.is_complex() or C.is_complex():
+        reason = "complex A, B or C run on the reference backend"
+    elif A.shape[1] > MAX_STATE:
+        reason = f"{A.shape[1]} states per channel, more than {MAX_STATE}"
+    return tuple((backend, reason) for backend in ("cuda", "triton", "cpu") if reason)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -148,13 +198,7 @@ def _validate_row_index(row_index: torch.Tensor | None, batch: int, length: int)
     if k == 0:
         _op.fail(OP, "row_index of shape (batch, length, K > 0) or (batch * length, K > 0)", str(_op.shape(row_index)))
     _op.check_shape(OP, "row_index", row_index, (batch, length, k), (batch * length, k))
-    rows = row_index.numel()
-    if _values_known(row_index):
-        # Every row exactly once: what the kernels rely on, since two steps writing one row would race.
-        hits = torch.bincount(row_index.flatten().clamp(0, rows - 1), minlength=rows)
-        if not bool((hits == 1).all()):
-            _op.fail(OP, f"row_index to name each of its {rows} rows exactly once", "repeated or outside rows")
-    return rows
+    return row_index.numel()
 
 
 def _validate_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
@@ -167,16 +211,268 @@ def _validate_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: in
         _op.fail(OP, "cu_seqlens of shape (sequences + 1,) with at least one sequence", str(_op.shape(cu_seqlens)))
     if batch != 1:
         _op.fail(OP, "batch 1 with cu_seqlens", f"batch {batch}", "Flatten the batch into one packed sequence.")
-    if _values_known(cu_seqlens):
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != length or values != sorted(values):
-            _op.fail(OP, f"cu_seqlens to rise from 0 to the length {length}", str(values))
     return cu_seqlens.shape[0] - 1
 
 
-def _values_known(tensor: torch.Tensor) -> bool:
-    """Whether reading values costs no device synchronisation and no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def _check_values(u: torch.Tensor, cu_seqlens: torch.Tensor | None, row_index: torch.Tensor | None) -> None:
+    """What shapes do not tell; on the CPU only, where reading values costs no synchronisation."""
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        values, length = cu_seqlens.tolist(), u.shape[1]
+        if values[0] != 0 or values[-1] != length or values != sorted(values):
+            _op.fail(OP, f"cu_seqlens to rise from 0 to the length {length}", str(values))
+    if row_index is not None and row_index.device.type == "cpu" and row_index.numel() > 0:
+        rows = row_index.numel()  # two steps that write one row would race, a row nobody writes would be undefined
+        inside = bool((row_index >= 0).all() and (row_index < rows).all())
+        if not inside or not bool((torch.bincount(row_index.flatten(), minlength=rows) == 1).all()):
+            _op.fail(OP, f"row_index to name each of its {rows} rows exactly once", "repeated or outside rows")
 
 
+# ------------------------------------------------------------------------------------------------ native kernels
+def _kernel_inputs(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    cu_seqlens: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> dict[str, torch.Tensor | int | None]:
+    """The arguments forward and backward share, as csrc/include/rom/scan.h wants them."""
+    compute = _op.compute_dtype(u.dtype)
+
+    def parameter(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.to(compute).contiguous()
+
+    def coefficient(x: torch.Tensor) -> torch.Tensor | None:
+        return parameter(x) if x.dim() == 2 else _op.unit_stride(x.unsqueeze(2) if x.dim() == 3 else x)
+
+    return {
+        "delta_softplus": int(delta_softplus),
+        "u": _op.unit_stride(u),
+        "delta": _op.unit_stride(delta),
+        "A": parameter(A),
+        "B": coefficient(B),
+        "C": coefficient(C),
+        "D": parameter(D),
+        "z": _op.unit_stride(z),
+        "delta_bias": parameter(delta_bias),
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
+        "row_index": None if row_index is None else row_index.flatten(0, -2).contiguous(),
+    }
+
+
+def _output_shape(u: torch.Tensor, row_index: torch.Tensor | None) -> tuple[int, ...]:
+    return tuple(u.shape) if row_index is None else (row_index.numel(), u.shape[2])
+
+
+def _state_shape(u: torch.Tensor, A: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, ...]:
+    return (u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, *A.shape)
+
+
+def _checkpoint_shape(
+    u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[int, int, int]:
+    """Room for the states at every TILE steps, in the kernels' own layout: padded to 16 channels and 4 states."""
+    batch, length, dim = u.shape
+    groups = max(x.shape[2] if x.dim() == 4 else 1 for x in (B, C))
+    slots = batch * -(-length // TILE) if cu_seqlens is None else length // TILE + cu_seqlens.shape[0] - 1
+    return slots, groups * (-(-(dim // groups) // 16) * 16), -(-A.shape[1] // 4) * 4
+
+
+def _native_forward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_values(u, cu_seqlens, row_index)
+    compute = _op.compute_dtype(u.dtype)
+    out = native.empty(_output_shape(u, row_index), out_dtype, u.device)
+    final_state = native.empty(_state_shape(u, A, cu_seqlens), compute, u.device)
+    shape = _checkpoint_shape(u, A, B, C, cu_seqlens) if save else (0, 0, 0)
+    checkpoints = native.empty(shape, compute, u.device)
+    arguments = {
+        **_kernel_inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, row_index),
+        "initial_state": None if initial_state is None else initial_state.to(compute).contiguous(),
+        "out": out,
+        "final_state": final_state,
+        "checkpoints": checkpoints if save else None,
+    }
+    workspace = native.workspace("scan_forward", u.device, **arguments)
+    native.call("scan_forward", u.device, workspace=workspace, **arguments)
+    return out, final_state, checkpoints
+
+
+def _grad_shapes(
+    u: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    z: torch.Tensor | None,
+    parameters: tuple[bool, bool, bool],
+    states: tuple[int, ...],
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every gradient, in the order of Grads; `parameters`: D, delta_bias, initial_state wanted."""
+    compute, none = _op.compute_dtype(u.dtype), (0,)
+    has_D, has_bias, has_initial = parameters
+    return [
+        (tuple(u.shape), u.dtype),
+        (tuple(u.shape), u.dtype),
+        (tuple(A.shape), compute),
+        (tuple(B.shape), compute if B.dim() == 2 else u.dtype),
+        (tuple(C.shape), compute if C.dim() == 2 else u.dtype),
+        (A.shape[:1] if has_D else none, compute),
+        (none if z is None else tuple(z.shape), u.dtype),
+        (A.shape[:1] if has_bias else none, compute),
+        (states if has_initial else none, compute),
+    ]
+
+
+def _native_backward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    cu_seqlens: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    checkpoints: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_final_state: torch.Tensor | None,
+    grad_initial_state: bool,
+) -> Grads:
+    wanted = (D is not None, delta_bias is not None, grad_initial_state)
+    shapes = _grad_shapes(u, A, B, C, z, wanted, _state_shape(u, A, cu_seqlens))
+    grads = [native.empty(shape, dtype, u.device) for shape, dtype in shapes]
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dstate = grads
+    arguments = {
+        **_kernel_inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, row_index),
+        "checkpoints": checkpoints,
+        "grad_out": _op.unit_stride(grad_out),
+        "grad_final_state": None if grad_final_state is None else grad_final_state.contiguous(),
+        "grad_u": du,
+        "grad_delta": ddelta,
+        "grad_A": dA,
+        "grad_B": dB.unsqueeze(2) if dB.dim() == 3 else dB,
+        "grad_C": dC.unsqueeze(2) if dC.dim() == 3 else dC,
+        "grad_D": dD if D is not None else None,
+        "grad_z": dz if z is not None else None,
+        "grad_delta_bias": dbias if delta_bias is not None else None,
+        "grad_initial_state": dstate if grad_initial_state else None,
+    }
+    workspace = native.workspace("scan_backward", u.device, **arguments)
+    native.call("scan_backward", u.device, workspace=workspace, **arguments)
+    return tuple(grads)
+
+
+for _backend in ("cpu", "cuda"):
+    dispatch.register(OP, _backend, _native_forward, _native_backward, kernels=("scan_forward", "scan_backward"))
 dispatch.register(OP, "reference", reference.selective_scan)
+
+
+# ------------------------------------------------------------------------------------------------ registration
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+_op.define(
+    f"selective_scan({_INPUTS}, bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens, Tensor? row_index,"
+    " ScalarType out_dtype, bool save, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_op.define(
+    f"selective_scan_backward({_INPUTS}, bool delta_softplus, Tensor? cu_seqlens, Tensor? row_index,"
+    " Tensor checkpoints, Tensor grad_out, Tensor? grad_final_state, bool grad_initial_state, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(*arguments):  # type: ignore[no-untyped-def]
+    *inputs, backend = arguments
+    return dispatch.implementation(OP, backend).forward(*inputs)
+
+
+def _backward(*arguments):  # type: ignore[no-untyped-def]
+    *inputs, backend = arguments
+    run = dispatch.implementation(OP, backend).backward
+    assert run is not None
+    return run(*inputs)
+
+
+_op.LIBRARY.impl("selective_scan", _forward, "CompositeExplicitAutograd")
+_op.LIBRARY.impl("selective_scan_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rom::selective_scan")
+def _(u, delta, A, B, C, D, z, bias, softplus, initial_state, cu_seqlens, row_index, out_dtype, save, backend):  # type: ignore[no-untyped-def]
+    compute = _op.compute_dtype(u.dtype)
+    shape = _checkpoint_shape(u, A, B, C, cu_seqlens) if save else (0, 0, 0)
+    return (
+        u.new_empty(_output_shape(u, row_index), dtype=out_dtype),
+        u.new_empty(_state_shape(u, A, cu_seqlens), dtype=compute),
+        u.new_empty(shape, dtype=compute),
+    )
+
+
+@torch.library.register_fake("rom::selective_scan_backward")
+def _(u, delta, A, B, C, D, z, bias, softplus, cu_seqlens, rows, checkpoints, grad_out, grad_state, initial, backend):  # type: ignore[no-untyped-def]
+    wanted = (D is not None, bias is not None, initial)
+    shapes = _grad_shapes(u, A, B, C, z, wanted, _state_shape(u, A, cu_seqlens))
+    return tuple(u.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.softplus, initial_state, cu_seqlens, row_index, ctx.out_dtype, ctx.saved, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens, row_index, output[2])
+    ctx.dtypes = [None if t is None else t.dtype for t in (*tensors, initial_state)]
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_out, grad_final_state, _):  # type: ignore[no-untyped-def]
+    if not ctx.saved:
+        raise RuntimeError(f"rom.ops.{OP}: expected save=True in a call that is differentiated, got save=False.")
+    *tensors, cu_seqlens, row_index, checkpoints = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = checkpoints.new_zeros(_output_shape(tensors[0], row_index), dtype=ctx.out_dtype)
+    grads = torch.ops.rom.selective_scan_backward(
+        *tensors,
+        ctx.softplus,
+        cu_seqlens,
+        row_index,
+        checkpoints,
+        grad_out,
+        grad_final_state,
+        ctx.needs_input_grad[9],
+        ctx.backend,
+    )
+    *grads, grad_initial = (None if d is None else g.to(d) for g, d in zip(grads, ctx.dtypes))
+    return *grads, None, grad_initial if ctx.needs_input_grad[9] else None, None, None, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        f"rom.ops.{OP}: the {ctx.backend} backend has no second derivative. Run the forward pass under "
+        "`with rom.backend('reference'):`, which is differentiable any number of times."
+    )
+
+
+def _setup_second(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.backend = inputs[-1]
+
+
+torch.library.register_autograd("rom::selective_scan", _autograd, setup_context=_setup)
+torch.library.register_autograd("rom::selective_scan_backward", _no_second_derivative, setup_context=_setup_second)

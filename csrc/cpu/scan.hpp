@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the scan's forward and backward share: how the work is cut, how states are laid out, how rows are found.
+// Include after simd.hpp and staged.hpp, inside the anonymous namespace.
+//
+// Lanes are channels, so B[t, n] and C[t, n] are broadcasts and only their gradients need a sum over lanes. Time runs
+// in tiles of kTile steps outside, blocks of one vector of channels inside: a row of u, delta, z is used up while its
+// pages are in the TLB. State-like arrays (A, h, checkpoints, carries, gradients of A) are blocked
+// [block][state][lane]: one block is contiguous, and no power-of-two stride folds them onto a few cache sets. A block
+// never spans two groups; the last one of a group may be partial, and states are padded to kStates with zeros.
+constexpr int kTile = ROM_SCAN_TILE;
+constexpr int kStates = 4;  // states held in registers at a time
+constexpr int kRows = 4;    // time steps whose softplus and SiLU advance together
+
+// The tensors forward and backward share, by the names of rom/scan.h.
+struct Problem {
+  rom_tensor u, delta, A, B, C, D, z, delta_bias, cu_seqlens, row_index;
+  bool softplus, B_by_time, C_by_time;
+  int64_t batch, length, dim, state, groups, sequences;
+  int64_t states;        // padded
+  int64_t group_dim;     // channels per group
+  int64_t group_blocks;  // blocks per group
+  int64_t chunk_blocks;  // blocks per unit of work
+  int64_t group_chunks, chunks, blocks;
+};
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T, class Args>
+Problem problem_of(const Args& a) {
+  Problem p{};
+  p.u = a.u, p.delta = a.delta, p.A = a.A, p.B = a.B, p.C = a.C, p.D = a.D, p.z = a.z, p.delta_bias = a.delta_bias;
+  p.cu_seqlens = a.cu_seqlens, p.row_index = a.row_index, p.softplus = a.delta_softplus != 0;
+  p.B_by_time = a.B.ndim == 4, p.C_by_time = a.C.ndim == 4;
+  p.batch = a.u.size[0], p.length = a.u.size[1], p.dim = a.u.size[2], p.state = a.A.size[1];
+  p.groups = p.B_by_time ? a.B.size[2] : 1;
+  if (p.C_by_time && a.C.size[2] > p.groups) p.groups = a.C.size[2];
+  p.sequences = a.cu_seqlens.data ? a.cu_seqlens.size[0] - 1 : p.batch;
+  p.states = divide_up(p.state, kStates) * kStates;
+  p.group_dim = p.dim / p.groups;
+  p.group_blocks = divide_up(p.group_dim, lanes<T>);
+  p.blocks = p.groups * p.group_blocks;
+  // About 16 units of work where that leaves at least 128 channels to each (the sum of dB and dC over lanes, once per
+  // tile and unit, then costs 4 %), at most 768. Never by the number of threads: results must not depend on it.
+  const int64_t units = divide_up(16, p.sequences > 0 ? p.sequences * p.groups : 1);
+  const int64_t least = 128 / lanes<T>, most = 768 / lanes<T>;
+  p.chunk_blocks = divide_up(p.group_blocks, units);
+  p.chunk_blocks = p.chunk_blocks < least ? least : p.chunk_blocks > most ? most : p.chunk_blocks;
+  p.group_chunks = divide_up(p.group_blocks, p.chunk_blocks);
+  p.chunks = p.groups * p.group_chunks;
+  return p;
+}
+
+// Steps [begin, begin + length) of one batch entry. Its tiles' checkpoints start at slot `slot`: with packed sequences
+// a bound that needs no running sum over them, so up to one slot per sequence stays unused.
+struct Sequence {
+  int64_t index, batch, begin, length, slot;
+};
+Sequence sequence_of(const Problem& p, int64_t i) {
+  if (!p.cu_seqlens.data) return {i, i, 0, p.length, i * divide_up(p.length, kTile)};
+  const int32_t* cu = (const int32_t*)p.cu_seqlens.data;
+  return {i, 0, cu[i], cu[i + 1] - cu[i], cu[i] / kTile + i};
+}
+int64_t slots_of(const Problem& p) {
+  return p.cu_seqlens.data ? p.length / kTile + p.sequences : p.sequences * divide_up(p.length, kTile);
+}
+
+// Neighbouring channel blocks of one group: the unit of work together with one or more sequences.
+struct Chunk {
+  int64_t index, group, first_block, blocks;
+};
+Chunk chunk_of(const Problem& p, int64_t i) {
+  const int64_t group = i / p.group_chunks, first = i % p.group_chunks * p.chunk_blocks;
+  return {i, group, group * p.group_blocks + first, smaller(p.chunk_blocks, p.group_blocks - first)};
+}
+// The channels of a block: [channel, channel + count), count <= lanes.
+struct Channels {
+  int64_t channel;
+  int count;
+};
+template <class T>
+Channels channels_of(const Problem& p, int64_t block) {
+  const int64_t group = block / p.group_blocks, first = block % p.group_blocks * lanes<T>;
+  return {group * p.group_dim + first, (int)smaller(lanes<T>, p.group_dim - first)};
+}
+
+// ------------------------------------------------------------------------------------------------ rows
+template <class S>
+ROM_INLINE Vec<Compute<S>> get(const S* p, int count) {
+  return __builtin_expect(count == lanes<Compute<S>>, 1) ? load(p) : load_partial(p, count);
+}
+template <class S>
+ROM_INLINE void put(S* p, Vec<Compute<S>> v, int count) {
+  if (__builtin_expect(count == lanes<Compute<S>>, 1))
+    store(p, v);
+  else
+    store_partial(p, v, count);
+}
+
+template <class S>
+ROM_INLINE S* row(const rom_tensor& t, int64_t batch, int64_t step) {
+  return (S*)t.data + batch * t.stride[0] + step * t.stride[1];
+}
+// f(row) for the row of z or out that belongs to a step, or each of its K rows under row_index.
+template <class S, class F>
+ROM_INLINE void each_row(const Problem& p, const rom_tensor& t, int64_t batch, int64_t step, F f) {
+  if (!p.row_index.data) return f(row<S>(t, batch, step));
+  const int64_t k = p.row_index.size[1];
+  const int32_t* index = (const int32_t*)p.row_index.data + (batch * p.length + step) * k;
+  for (int64_t i = 0; i < k; ++i) f((S*)t.data + index[i] * t.stride[0]);
+}
+template <class S>
+ROM_INLINE Vec<Compute<S>> get_rows(const Problem& p, const rom_tensor& t, int64_t batch, int64_t step, Channels c) {
+  if (!p.row_index.data) return get(row<const S>(t, batch, step) + c.channel, c.count);
+  Vec<Compute<S>> total = broadcast((Compute<S>)0);
+  each_row<const S>(p, t, batch, step, [&](const S* r) { total += get(r + c.channel, c.count); });
+  return total;
+}
+template <class S>
+ROM_INLINE void put_rows(const Problem& p, const rom_tensor& t, int64_t batch, int64_t step, Channels c,
+                         Vec<Compute<S>> v) {
+  each_row<S>(p, t, batch, step, [&](S* r) { put(r + c.channel, v, c.count); });
+}
+template <class T>
+ROM_INLINE Vec<T> get_parameter(const rom_tensor& t, Channels c) {
+  return t.data ? get((const T*)t.data + c.channel, c.count) : broadcast((T)0);
+}
+
+// ------------------------------------------------------------------------------------------------ blocked arrays
+// (dim, state) rows -> [state][lane] of one block, times `factor`; a null source gives zeros.
+template <class T>
+void to_block(const Problem& p, const T* rows, int64_t block, T factor, T* out) {
+  __builtin_memset(out, 0, sizeof(T) * (size_t)(p.states * lanes<T>));
+  const Channels c = channels_of<T>(p, block);
+  if (!rows) return;
+  for (int i = 0; i < c.count; ++i)
+    for (int64_t n = 0; n < p.state; ++n) out[n * lanes<T> + i] = rows[(c.channel + i) * p.state + n] * factor;
+}
+template <class T>
+void from_block(const Problem& p, const T* block_values, int64_t block, T* rows) {
+  const Channels c = channels_of<T>(p, block);
+  for (int i = 0; i < c.count; ++i)
+    for (int64_t n = 0; n < p.state; ++n) rows[(c.channel + i) * p.state + n] = block_values[n * lanes<T> + i];
+}
+template <class T>
+T* states_of(const rom_tensor& t, const Problem& p, int64_t sequence) {
+  return t.data ? (T*)t.data + sequence * p.dim * p.state : nullptr;
+}
+
+// ------------------------------------------------------------------------------------------------ B and C
+// Values of B or C for one tile (or, constant over time, for one chunk), ready for the inner loops: time step t and
+// state n are at values[t * step + n] as scalars when both vary with time (kByTime), else at [.. + n * lanes] as
+// vectors, with step 0 for the one that is constant.
+template <class T>
+struct Coefficients {
+  const T* values;
+  int64_t step;
+};
+template <bool kByTime, class T>
+ROM_INLINE Vec<T> coefficient(const T* values, int n) {
+  if constexpr (kByTime)
+    return broadcast(values[n]);
+  else
+    return load(values + n * lanes<T>);
+}
+// B or C of one chunk: room for a tile (or for the chunk's constants), and what the inner loops need of it.
+template <class S, bool kByTime>
+class CoefficientTile {
+  using T = Compute<S>;
+  static constexpr int kWidth = kByTime ? 1 : lanes<T>;
+  const Problem& p_;
+  const rom_tensor& source_;
+  const bool by_time_;
+  T* values_;
+
+ public:
+  static int64_t size(const Problem& p) {
+    return (p.chunk_blocks > kTile ? p.chunk_blocks : kTile) * p.states * kWidth;
+  }
+  CoefficientTile(const Problem& p, const rom_tensor& source, bool by_time, T* values)
+      : p_(p), source_(source), by_time_(by_time), values_(values) {}
+
+  void start_chunk(const Chunk& chunk) {
+    if (kByTime || by_time_) return;
+    for (int64_t i = 0; i < chunk.blocks; ++i)
+      to_block(p_, (const T*)source_.data, chunk.first_block + i, (T)1, values_ + i * p_.states * kWidth);
+  }
+  void start_tile(const Sequence& s, int64_t first, int steps, int64_t group) {
+    if (!kByTime && !by_time_) return;
+    T* out = values_;
+    for (int i = 0; i < steps; ++i, out += p_.states * kWidth) {
+      const S* row_values = row<const S>(source_, s.batch, s.begin + first + i);
+      if (source_.size[2] > 1) row_values += group * source_.stride[2];
+      for (int64_t n = 0; n < p_.states; ++n)
+        for (int lane = 0; lane < kWidth; ++lane) out[n * kWidth + lane] = n < p_.state ? widen(row_values[n]) : (T)0;
+    }
+  }
+  Coefficients<T> of_block(int64_t block_in_chunk) const {
+    if (kByTime || by_time_) return {values_, p_.states * kWidth};
+    return {values_ + block_in_chunk * p_.states * kWidth, 0};
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ scratch memory
+// Cuts the workspace into 64-byte aligned pieces; with a null start it only counts.
+struct Scratch {
+  uintptr_t start;
+  int64_t used = 0;
+  explicit Scratch(const void* memory) : start((uintptr_t)memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* out = (T*)(start + (uintptr_t)used);
+    used += divide_up(count * (int64_t)sizeof(T), 64) * 64;
+    return out;
+  }
+};
