@@ -110,7 +110,8 @@ def decode(options: argparse.Namespace, shape: Shape, dtype: torch.dtype) -> Cas
     ]
     elements = batch * dim * size
     floor = Cost(elements * (EXP_SLOTS + FORWARD_SLOTS), elements, batch * dim * (8 * size + 4 * dtype.itemsize))
-    return Case("decode", str((batch, dim, size)), entries, expected, dtype, floor)
+    clock = "cpu" if options.threads == 1 else "wall"
+    return Case("decode", str((batch, dim, size)), entries, expected, dtype, floor, clock)
 
 
 # ------------------------------------------------------------------------------------------------ the run

@@ -29,14 +29,15 @@ WRONG = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.f
 class Contender:
     """Somebody who does the work: `make()` prepares the inputs in its favourite layout and returns the timed call.
 
-    The call's results go through `canonical` before they are compared with the reference. `predict`, if given,
-    estimates the seconds of a call from a smaller one.
+    The call's results go through `canonical` before they are compared with the reference: the case's, or its own where
+    it computes something else. `predict`, if given, estimates the seconds of a call from a smaller one.
     """
 
     name: str
     make: Callable[[], Callable[[], Tensors]] | None = None
     missing: str = ""
     canonical: Callable[[Tensors], Tensors] = field(default=lambda results: results)
+    reference: Callable[[], Tensors] | None = None
     predict: Callable[[], float] | None = None
     threads: int | None = None
 
@@ -204,7 +205,8 @@ class Benchmark:
             )
             return None
         call = contender.make()
-        row.error = worst_error(contender.canonical(call()), reference)
+        expected = reference if contender.reference is None else contender.reference()
+        row.error = worst_error(contender.canonical(call()), expected)
         if row.error > WRONG[dtype]:
             row.note = "not timed: its result is wrong"
             return None

@@ -114,6 +114,35 @@ def test_options_are_checked(capsys):
     assert "expected four positive sizes" in capsys.readouterr().err
 
 
+def test_gpu_report_without_a_gpu_skips_every_step_and_says_why(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load("gpu_report").main(["--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert {r["part"] for r in records} == {"build", "tests", "sanitizer", "norm", "scan", "block"}
+    assert all(r["status"] == "skipped" and r["reason"] in printed for r in records)
+    assert "no NVIDIA GPU" in (tmp_path / "report.md").read_text()
+
+
+def test_gpu_report_notes_failures_and_the_time_limit(tmp_path, capsys):
+    report = load("gpu_report")
+
+    def run(code, limit=60):
+        step = report.Step("step", [sys.executable, "-c", code], folder=tmp_path)
+        return report.run("part", step, tmp_path, limit, "a GPU")
+
+    assert run("print('here')").status == "passed"
+    assert (tmp_path / "part_step.log").read_text() == "here\n"
+    assert "exit code 3" in run("raise SystemExit(3)").reason
+    assert run("import time; time.sleep(60)", limit=1).status == "timeout"
+    assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 3
+
+
+def test_every_benchmark_is_in_the_gpu_report():
+    scripts = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    assert scripts == set(load("gpu_report").BENCHMARKS)
+
+
 @pytest.mark.filterwarnings("ignore::rom.dispatch.FallbackWarning")
 @pytest.mark.parametrize(
     "name, argv",
@@ -121,6 +150,7 @@ def test_options_are_checked(capsys):
         ("bench_scan", ["--shape", "1,5,8,4", "--forward", "--decode"]),
         ("bench_scan", ["--shape", "2,5,8,4", "--backward"]),
         ("bench_norm", ["--shape", "5,16"]),
+        ("bench_block", ["--shape", "2,5,16", "--experts", "4", "--top-k", "2"]),
     ],
 )
 def test_smoke(name, argv, monkeypatch, capsys):
