@@ -1,4 +1,4 @@
-"""The `rom` command: `rom doctor`, …
+"""The `rom` command: `rom train`, `rom generate`, …
 
 Each subcommand is a module with a docstring (its help), `add_arguments(parser)` and `run(args) -> int`, the exit code.
 They import what is slow inside `run`, so that help and errors come at once.
@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 
 import rom
-from rom.cli import doctor
+from rom.cli import doctor, generate, train
+from rom.training.errors import TrainingError
 
-COMMANDS = {"doctor": doctor}
+COMMANDS = {"train": train, "generate": generate, "doctor": doctor}
 
-INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell's for SIGINT and SIGPIPE
+USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # as argparse's, and as a shell's for SIGINT and SIGPIPE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,10 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line."""
+    """Runs the command line; the exit code is 2 when the user can put it right, with the reason on standard error."""
     args = build_parser().parse_args(arguments)
     try:
         return args.run(args)
+    except TrainingError as error:
+        print(f"rom {args.command}: {error}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader (`| head`) has enough; nothing more can be written, at exit either
