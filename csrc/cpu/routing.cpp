@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Router: softmax, top-k and a stable counting sort of the slots by expert. Spans of tokens are independent: each writes
-// its histogram; a prefix over spans gives every span its first row per expert; then each places its own slots. No
-// atomics, so the order of the rows does not depend on who runs when.
+// Router: softmax, top-k and a stable counting sort of the slots by expert. Spans of tokens are independent: each
+// writes its histogram; a prefix over spans gives every span its first row per expert; then each places its own slots.
+// No atomics, so the order of the rows does not depend on who runs when.
 #include "cpu/kernel.hpp"
 #include "rom/routing.h"
 
@@ -156,7 +156,8 @@ ROM_CPU_WORKSPACE(rom_route_forward, rom_route_forward_args) {
 ROM_CPU_KERNEL(rom_route_forward, rom_route_forward_args) {
   const int64_t tokens = a.logits.size[0], top_k = a.indices.size[1];
   if (top_k > 0 && tokens > INT32_MAX / top_k)
-    return rom_fail(ROM_BAD_ARGUMENT, "%lld tokens times top_k %lld do not fit int32", (long long)tokens, (long long)top_k);
+    return rom_fail(ROM_BAD_ARGUMENT, "%lld tokens times top_k %lld do not fit int32", (long long)tokens,
+                    (long long)top_k);
   const bool known = with_storage_type(a.logits.dtype, [&]<class S>(Type<S>) { route<S>(a); });
   return known ? ROM_OK : rom_fail(ROM_UNSUPPORTED, "dtype %d of the logits", a.logits.dtype);
 }
@@ -165,7 +166,8 @@ ROM_CPU_KERNEL(rom_route_backward, rom_route_backward_args) {
   const int64_t tokens = a.probs.size[0];
   const bool is_double = a.probs.dtype == ROM_FLOAT64;
   parallel_for(tasks_of(tokens), a.launch.threads, [&](int64_t task, int64_t) {
-    each_token(task, tokens, [&](int64_t t) { is_double ? backward_token<double>(a, t) : backward_token<float>(a, t); });
+    each_token(task, tokens,
+               [&](int64_t t) { is_double ? backward_token<double>(a, t) : backward_token<float>(a, t); });
   });
   return ROM_OK;
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def routed_linear(
     if weight.shape[0] == 1:  # one expert: both orders are the same, and this is nn.Linear
         return _single(x, weight[0], None if bias is None else bias[0], routing.weights if weighted else None)
     backend = dispatch.choose("routed_linear", x.device.type)
-    if backend == "reference" and not torch.compiler.is_compiling():
+    if backend == "reference":
         return reference.routed_linear(x, weight, routing, bias, weighted, rows_in, rows_out)
     weights = routing.weights if weighted else None
     order = (routing.offsets, routing.perm, routing.inv)
@@ -122,149 +123,136 @@ def _validate(
         )
 
 
-# ------------------------------------------------------------------------------------------------ rows
-def _gather(x: torch.Tensor, perm: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Token rows in expert order."""
-    return x.index_select(0, perm if top_k == 1 else perm.div(top_k, rounding_mode="floor"))
+# ------------------------------------------------------------------------------------------------ CPU
+class _Block(NamedTuple):
+    """The rows of one expert."""
+
+    expert: int
+    rows: slice
+    tokens: torch.Tensor  # int64, the token of each row
+    weights: torch.Tensor | None  # (rows, 1), in the compute type
 
 
-def _scale(rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Every row times its weight, in the compute type."""
-    return rows if weights is None else (rows * weights[:, None]).to(rows.dtype)
+def _blocks(
+    offsets: torch.Tensor, perm: torch.Tensor, inv: torch.Tensor, weights: torch.Tensor | None, compute: torch.dtype
+) -> Iterator[_Block]:
+    slots = perm.long()
+    tokens = slots if inv.shape[1] == 1 else slots // inv.shape[1]
+    by_row = None if weights is None else weights.to(compute).flatten()[slots, None]
+    for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
+        rows = slice(start, end)
+        yield _Block(expert, rows, tokens[rows], None if by_row is None else by_row[rows])
 
 
-def _combine(rows: torch.Tensor, inv: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Expert rows to token rows: Σ_k of the K rows of a token, times their weights."""
-    compute = _op.compute_dtype(rows.dtype)
-    taken = _scale(rows.index_select(0, inv.flatten()), weights)
-    if inv.shape[1] == 1:
-        return taken
-    return taken.unflatten(0, inv.shape).sum(1, dtype=compute).to(rows.dtype)
+def _read(x: torch.Tensor, order: str, block: _Block) -> torch.Tensor:
+    """The rows of a block: a view in expert order, a copy in token order."""
+    return x[block.rows] if order == "expert" else x.index_select(0, block.tokens)
 
 
-# ------------------------------------------------------------------------------------------------ blocks of rows
-# Products of the rows of each expert with its matrix: what a backend has to bring.
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-Outer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+class _Output:
+    """A result in either order.
 
+    Blocks are written one after the other, and a token has at most one row in a block, so its K rows add up in the
+    order of the experts: deterministic. Only one block of expert rows exists at a time. A whole table of them would be
+    fresh memory, whose page faults take longer than the permutation itself (24 of 33 ms for 4096 × 3072 in float32).
+    """
 
-def _sizes(offsets: torch.Tensor) -> list[int]:
-    ends = offsets.tolist()
-    return [end - start for start, end in pairwise(ends)]
-
-
-def _blocks_product(
-    rows: torch.Tensor, matrix: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """One library GEMM per expert, straight into its block of rows. matrix: `[E, in, out]`."""
-    out = native.empty((rows.shape[0], matrix.shape[2]), rows.dtype, rows.device)
-    sizes = _sizes(offsets)
-    blocks = zip(rows.split(sizes), matrix.unbind(0), out.split(sizes))
-    for i, (x, w, y) in enumerate(blocks):
-        if bias is None:
-            torch.mm(x, w, out=y)
+    def __init__(self, order: str, columns: int, inv: torch.Tensor, like: torch.Tensor) -> None:
+        self.order, self.dtype = order, like.dtype
+        tokens, top_k = inv.shape
+        if order == "expert":
+            self.table = native.empty((tokens * top_k, columns), like.dtype, like.device)
         else:
-            torch.addmm(bias[i], x, w, out=y)
-    return out
+            self.table = like.new_zeros(
+                tokens, columns, dtype=_op.compute_dtype(like.dtype) if top_k > 1 else like.dtype
+            )
 
-
-def _blocks_outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """`[E, left, right]`: leftᵀ · right over the rows of each expert; zeros where there are none."""
-    sizes = _sizes(offsets)
-    out = native.empty((len(sizes), left.shape[1], right.shape[1]), left.dtype, left.device)
-    for a, b, o in zip(left.split(sizes), right.split(sizes), out.unbind(0)):
-        torch.mm(a.mT, b, out=o)
-    return out
-
-
-def _masks(offsets: torch.Tensor, rows: int) -> list[torch.Tensor]:
-    place = torch.arange(rows, device=offsets.device)[:, None]
-    return [(place >= start) & (place < end) for start, end in zip(offsets.unbind(), offsets[1:].unbind())]
-
-
-def _masked_product(
-    rows: torch.Tensor, matrix: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Every expert on all rows, without reading the offsets on the host: as the reference does it."""
-    out = rows.new_zeros(rows.shape[0], matrix.shape[2])
-    for i, (mask, w) in enumerate(zip(_masks(offsets, rows.shape[0]), matrix.unbind(0))):
-        out = torch.where(mask, rows @ w if bias is None else rows @ w + bias[i], out)
-    return out
-
-
-def _masked_outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return torch.stack([torch.where(mask, left, 0).mT @ right for mask in _masks(offsets, left.shape[0])])
-
-
-# ------------------------------------------------------------------------------------------------ implementations
-def _forward_with(product: Product) -> Callable[..., torch.Tensor]:
-    def forward(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        weights: torch.Tensor | None,
-        offsets: torch.Tensor,
-        perm: torch.Tensor,
-        inv: torch.Tensor,
-        rows_in: str,
-        rows_out: str,
+    def product(
+        self, left: torch.Tensor, right: torch.Tensor, block: _Block, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        rows = _gather(x, perm, inv.shape[1]) if rows_in == "token" else x
-        out = product(rows, weight.mT, offsets, bias)
-        flat = None if weights is None else weights.to(_op.compute_dtype(x.dtype)).flatten()
-        if rows_out == "token":
-            return _combine(out, inv, flat)
-        return _scale(out, None if flat is None else flat[perm])
+        """left · right + bias; in expert order it is in its place already."""
+        out = self.table[block.rows] if self.order == "expert" else None
+        return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
 
-    return forward
+    def write(self, product: torch.Tensor, block: _Block) -> None:
+        if self.order == "token":  # index_add_ into zeros is 2.5 times as fast as index_copy_
+            self.table.index_add_(0, block.tokens, product.to(self.table.dtype))
+
+    def result(self) -> torch.Tensor:
+        return self.table.to(self.dtype)
 
 
-def _backward_with(product: Product, outer: Outer) -> Callable[..., Grads]:
-    def backward(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        weights: torch.Tensor | None,
-        offsets: torch.Tensor,
-        perm: torch.Tensor,
-        inv: torch.Tensor,
-        rows_in: str,
-        rows_out: str,
-        needs: list[bool],
-    ) -> Grads:
-        needs_x, needs_weight, needs_bias, needs_weights = needs
-        compute, top_k, empty = _op.compute_dtype(x.dtype), inv.shape[1], x.new_empty(0)
-        flat = None if weights is None else weights.to(compute).flatten()
-        by_row = None if flat is None else flat[perm]
-        grad = _gather(grad, perm, top_k) if rows_out == "token" else grad
-        grad_x = grad_weight = grad_bias = grad_weights = empty
-        back = product(grad, weight, offsets, None) if needs_x or needs_weights else empty
-        rows = _gather(x, perm, top_k) if rows_in == "token" and (needs_weight or needs_weights) else x
-        if weights is not None and needs_weights:
-            # dR = ⟨dO, x Wᵀ + b⟩ = ⟨dO W, x⟩ + ⟨dO, b⟩: no expert output has to be kept for it.
-            dots = (back.to(compute) * rows.to(compute)).sum(-1)
-            if bias is not None:
-                dots += product(grad, bias[:, :, None], offsets, None).squeeze(-1).to(compute)
-            grad_weights = dots[inv.flatten()].view(inv.shape).to(weights.dtype)
-        if needs_x:
-            grad_x = _combine(back, inv, flat) if rows_in == "token" else _scale(back, by_row)
-        grad = _scale(grad, by_row)
+def _cpu_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    offsets: torch.Tensor,
+    perm: torch.Tensor,
+    inv: torch.Tensor,
+    rows_in: str,
+    rows_out: str,
+) -> torch.Tensor:
+    """One library GEMM per expert."""
+    out = _Output(rows_out, weight.shape[1], inv, x)
+    for block in _blocks(offsets, perm, inv, weights, _op.compute_dtype(x.dtype)):
+        if block.rows.start == block.rows.stop:
+            continue
+        offset = None if bias is None else bias[block.expert]
+        y = out.product(_read(x, rows_in, block), weight[block.expert].mT, block, offset)
+        if block.weights is not None:
+            y *= block.weights
+        out.write(y, block)
+    return out.result()
+
+
+def _cpu_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    offsets: torch.Tensor,
+    perm: torch.Tensor,
+    inv: torch.Tensor,
+    rows_in: str,
+    rows_out: str,
+    needs: list[bool],
+) -> Grads:
+    """With dO the gradient and R the weights:  dx = R dO W,  dW = (R dO)ᵀ x,  db = Σ R dO, and
+    dR = ⟨dO, x Wᵀ + b⟩ = ⟨dO W, x⟩ + ⟨dO, b⟩, so that no expert output has to be kept for it."""
+    needs_x, needs_weight, needs_bias, needs_weights = needs
+    compute = _op.compute_dtype(x.dtype)
+    out = _Output(rows_in, weight.shape[2] if needs_x or needs_weights else 0, inv, x)
+    grad_weight = native.empty(weight.shape if needs_weight else 0, x.dtype, x.device)
+    grad_bias = native.empty(bias.shape if bias is not None and needs_bias else 0, x.dtype, x.device)
+    dots = native.empty(perm.shape[0] if needs_weights else 0, compute, x.device)
+    for block in _blocks(offsets, perm, inv, weights, compute):
+        d, rows = _read(grad, rows_out, block), _read(x, rows_in, block)
+        if needs_x or needs_weights:
+            back = out.product(d, weight[block.expert], block)
+            if needs_weights:
+                torch.sum(back * rows.to(compute), -1, out=dots[block.rows])
+                if bias is not None:
+                    dots[block.rows] += d.to(compute) @ bias[block.expert].to(compute)
+            if block.weights is not None:
+                back *= block.weights
+            out.write(back, block)
+        if block.weights is not None:
+            d = (d * block.weights).to(d.dtype)
         if needs_weight:
-            grad_weight = outer(grad, rows, offsets)
+            torch.mm(d.mT, rows, out=grad_weight[block.expert])
         if needs_bias:
-            grad_bias = outer(grad, grad.new_ones(len(perm), 1), offsets).squeeze(-1)
-        return grad_x, grad_weight, grad_bias, grad_weights
+            grad_bias[block.expert] = d.sum(0, dtype=compute)
+    grad_x = out.result() if needs_x else x.new_empty(0)
+    if weights is None or not needs_weights:
+        return grad_x, grad_weight, grad_bias, x.new_empty(0)
+    return grad_x, grad_weight, grad_bias, dots[inv.long()].to(weights.dtype)
 
-    return backward
 
-
-dispatch.register(
-    "routed_linear", "cpu", _forward_with(_blocks_product), _backward_with(_blocks_product, _blocks_outer)
-)
-dispatch.register(
-    "routed_linear", "reference", _forward_with(_masked_product), _backward_with(_masked_product, _masked_outer)
-)
+dispatch.register("routed_linear", "cpu", _cpu_forward, _cpu_backward)
+# Never through the op: plain torch needs no opaque one, neither to be traced nor to be differentiated twice.
+dispatch.register("routed_linear", "reference", reference.routed_linear)
 
 
 # ------------------------------------------------------------------------------------------------ registration
