@@ -4,9 +4,9 @@
     python benchmarks/bench_block.py --quick
     python benchmarks/bench_block.py --shape 1,4096,1024 --experts 16 --top-k 2
 
-The ratios are over the routed block: 0.8 for `dense block` says that routing costs a quarter more. Every contender's
-output is compared with the reference backend in float64 (with the plain mixer's own formula for the dense ones); what
-the gradients are worth is the tests' business, a float64 backward pass of this size takes 10 GB.
+The ratios are over the routed block: 0.8 for `dense block` says that routing costs a quarter more. Everybody's output
+is compared with the reference backend in float64 on the first steps of the first sequence (the block is causal); the
+gradients are the tests' business.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import rom
 
 DEFAULT, QUICK = (8, 512, 768), (2, 64, 128)
+CHECKED = 64  # steps
 
 
 def plain_mixer(block: rom.RoutingMambaBlock, hidden: Tensor) -> Tensor:
@@ -96,17 +97,17 @@ class Blocks:
             return plain_mixer(dense, x)
 
         entries = [
-            Contender("routed block", lambda: timed(routed, routed, hidden, grad), canonical=_output),
-            Contender("dense block", lambda: timed(dense, dense, hidden, grad), canonical=_output),
-            Contender("torch mixer", lambda: timed(mixer, dense, hidden, grad), canonical=_output),
+            Contender("routed block", lambda: timed(routed, routed, hidden, grad), canonical=_beginning),
+            Contender("dense block", lambda: timed(dense, dense, hidden, grad), canonical=_beginning),
+            Contender("torch mixer", lambda: timed(mixer, dense, hidden, grad), canonical=_beginning),
         ]
-        expected_dense = in_double(dense, hidden)
+        expected_dense = in_double(dense, hidden[:1, :CHECKED])
         entries[1].reference = entries[2].reference = lambda: expected_dense
         return Case(
             "forward+backward" if backward else "forward",
             f"{tuple(hidden.shape)} E={routed.num_experts} K={routed.top_k}",
             entries,
-            lambda: in_double(routed, hidden),
+            lambda: in_double(routed, hidden[:1, :CHECKED]),
             cost=self.cost(backward),
             clock="cpu" if threads == 1 else "wall",
         )
@@ -133,8 +134,8 @@ class Blocks:
         return Case("decode", size, entries, lambda: in_double(self.routed, hidden), clock=clock)
 
 
-def _output(results: Tensors) -> Tensors:
-    return results[:1]
+def _beginning(results: Tensors) -> Tensors:
+    return (results[0][:1, :CHECKED],)
 
 
 SIZE = "(8, 512, 768) E=8 K=1"

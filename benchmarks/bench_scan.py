@@ -122,6 +122,7 @@ TARGETS = [
     Target("forward+backward", str(SHAPES[0]), "mambapy", 70),
     Target("forward+backward", str(SHAPES[1]), "mambapy", 70),
     Target("forward+backward", str(SHAPES[0]), "torch loop", 45),
+    Target("forward+backward", str(SHAPES[0]), "discretised loop", 45),
     Target("forward", str(SHAPES[1]), "rom", 2e-6, at_most=True, what="error"),
     Target("forward+backward", str(SHAPES[1]), "rom", 2e-6, at_most=True, what="error"),
     Target("forward, I/O dtype", str(SHAPES[1]), "rom bfloat16", 1.2, at_most=True),

@@ -274,7 +274,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of ours and of the peers (default 1)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: under half a minute")
-    parser.add_argument("--seconds", type=float, help="time for the rounds of one case (default 8, quick 1)")
+    parser.add_argument("--seconds", type=float, help="time for the rounds of one case (default 5, quick 1)")
     parser.add_argument("--peer-seconds", type=float, default=10, help="skip a peer whose call would take longer (10)")
     parser.add_argument(
         "--targets", action="store_true", help="also print what the project promises, and whether it holds"
@@ -289,7 +289,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses, fills in what depends on other options, and asks for missing packages before anything runs."""
     options = parser.parse_args(argv)
-    options.seconds = options.seconds or (1 if options.quick else 8)
+    options.seconds = options.seconds or (1 if options.quick else 5)
     try:
         import tabulate  # noqa: F401
 
