@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from rom import dispatch
+from rom import dispatch, native
 from rom.ops import _decode, _op
 from rom.reference import conv as reference
 
@@ -144,12 +146,103 @@ def _check_values(x: torch.Tensor, cu_seqlens: torch.Tensor | None, row_index: t
             _op.fail(OP, f"cu_seqlens to rise from 0 to the length {length}", str(bounds))
     if row_index is not None and row_index.device.type == "cpu" and row_index.numel():
         rows = row_index.numel()
-        hits = torch.bincount(row_index.flatten().clamp(0, rows - 1), minlength=rows)
-        if not bool((hits == 1).all()):
+        hits = torch.bincount(row_index.flatten().clamp(-1, rows) + 1, minlength=rows + 2)  # outside rows: 0, rows + 1
+        if not bool((hits[1:-1] == 1).all()):
             _op.fail(OP, f"row_index to name each of its {rows} rows exactly once", "repeated or outside rows")
 
 
-# ------------------------------------------------------------------------------------------------ backends
+def _out_shape(x: torch.Tensor, row_index: torch.Tensor | None) -> tuple[int, int, int]:
+    batch, length = (x if row_index is None else row_index).shape[:2]
+    return batch, length, x.shape[-1]
+
+
+def _state_shape(
+    x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor | None, row_index: torch.Tensor | None
+) -> tuple[int, int, int]:
+    sequences = _out_shape(x, row_index)[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return sequences, weight.shape[0], weight.shape[1]
+
+
+# ------------------------------------------------------------------------------------------------ native kernels
+def _inputs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> dict[str, Any]:
+    """The arguments forward and backward share, as the kernels want them: weight (width, dim), compute dtype."""
+    compute = _op.compute_dtype(x.dtype)
+    return {
+        "silu": int(silu),
+        "x": _op.unit_stride(x),
+        "weight": weight.t().to(compute).contiguous(),
+        "bias": None if bias is None else bias.to(compute).contiguous(),
+        "initial_state": None if initial_state is None else initial_state.to(compute).contiguous(),
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
+        "row_index": None if row_index is None else row_index.contiguous(),
+    }
+
+
+def _native_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    return_final_state: bool,
+    row_index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = native.empty(_out_shape(x, row_index), x.dtype, x.device)
+    shape = _state_shape(x, weight, cu_seqlens, row_index) if return_final_state else (0,)
+    final_state = native.empty(shape, _op.compute_dtype(x.dtype), x.device)
+    arguments = _inputs(x, weight, bias, silu, initial_state, cu_seqlens, row_index)
+    native.call(
+        "conv_forward", x.device, out=out, final_state=final_state if return_final_state else None, **arguments
+    )
+    return out, final_state
+
+
+def _native_backward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    grad_out: torch.Tensor,
+    grad_final: torch.Tensor | None,
+) -> reference.Grads:
+    compute = _op.compute_dtype(x.dtype)
+    arguments = _inputs(x, weight, bias, silu, initial_state, cu_seqlens, row_index)
+    grad_x = native.empty(x.shape, x.dtype, x.device)
+    grad_weight = native.empty((weight.shape[1], weight.shape[0]), compute, x.device)
+    grad_bias = native.empty((weight.shape[0],), compute, x.device)
+    grad_initial = native.empty((0,) if initial_state is None else initial_state.shape, compute, x.device)
+    arguments |= {
+        "grad_out": _op.unit_stride(grad_out),
+        "grad_final_state": None if grad_final is None else grad_final.contiguous(),
+        "grad_x": grad_x,
+        "grad_weight": grad_weight,
+        "grad_bias": grad_bias,
+        "grad_initial_state": None if initial_state is None else grad_initial,
+    }
+    workspace = native.workspace("conv_backward", x.device, **arguments)
+    native.call("conv_backward", x.device, workspace=workspace, **arguments)
+    return grad_x, grad_weight.t().contiguous(), grad_bias, grad_initial
+
+
+for _backend in ("cpu", "cuda"):
+    dispatch.register(
+        OP, _backend, _native_forward, _native_backward, kernels=("conv_forward", "conv_backward")
+    )
+
+
+# ------------------------------------------------------------------------------------------------ reference backend
 def _reference_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -211,14 +304,9 @@ _op.LIBRARY.impl("causal_conv1d", _forward, "CompositeExplicitAutograd")
 _op.LIBRARY.impl("causal_conv1d_backward", _backward, "CompositeExplicitAutograd")
 
 
-def _state_shape(x, weight, cu_seqlens, row_index):  # type: ignore[no-untyped-def]
-    batch = x.shape[0] if row_index is None else row_index.shape[0]
-    return (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, weight.shape[0], weight.shape[1])
-
-
 @torch.library.register_fake("rom::causal_conv1d")
 def _(x, weight, bias, silu, initial_state, cu_seqlens, return_final_state, row_index, backend):  # type: ignore[no-untyped-def]
-    out = x.new_empty(x.shape if row_index is None else (*row_index.shape[:2], x.shape[1]))
+    out = x.new_empty(_out_shape(x, row_index))
     shape = _state_shape(x, weight, cu_seqlens, row_index) if return_final_state else 0
     return out, x.new_empty(shape, dtype=_op.compute_dtype(x.dtype))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rom import dispatch
+from rom import dispatch, native
 from rom.ops import _decode, _op
 from rom.ops.conv import WIDTHS, check_activation, check_weight
 from rom.reference import conv as reference
@@ -85,6 +85,33 @@ def _validate(
     _decode.check_slots(OP, conv_state, "conv_state", x.shape[0], state_indices)
 
 
+def _native(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    state_indices: torch.Tensor | None,
+) -> torch.Tensor:
+    compute = _op.compute_dtype(x.dtype)
+    steps = x if x.dim() == 3 else x.unsqueeze(1)
+    out = native.empty(steps.shape, x.dtype, x.device)
+    native.call(
+        "conv_update",
+        x.device,
+        silu=int(activation is not None),
+        x=_op.unit_stride(steps),
+        conv_state=conv_state,
+        weight=weight.to(compute).contiguous(),
+        bias=None if bias is None else bias.to(compute).contiguous(),
+        state_indices=None if state_indices is None else state_indices.contiguous(),
+        out=out,
+    )
+    return out.view(x.shape)
+
+
+for _backend in ("cpu", "cuda"):
+    dispatch.register(OP, _backend, _native, kernels=("conv_update",))
 dispatch.register(OP, "reference", reference.causal_conv1d_update)
 
 
