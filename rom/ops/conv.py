@@ -200,9 +200,7 @@ def _native_forward(
     shape = _state_shape(x, weight, cu_seqlens, row_index) if return_final_state else (0,)
     final_state = native.empty(shape, _op.compute_dtype(x.dtype), x.device)
     arguments = _inputs(x, weight, bias, silu, initial_state, cu_seqlens, row_index)
-    native.call(
-        "conv_forward", x.device, out=out, final_state=final_state if return_final_state else None, **arguments
-    )
+    native.call("conv_forward", x.device, out=out, final_state=final_state if return_final_state else None, **arguments)
     return out, final_state
 
 
@@ -237,9 +235,7 @@ def _native_backward(
 
 
 for _backend in ("cpu", "cuda"):
-    dispatch.register(
-        OP, _backend, _native_forward, _native_backward, kernels=("conv_forward", "conv_backward")
-    )
+    dispatch.register(OP, _backend, _native_forward, _native_backward, kernels=("conv_forward", "conv_backward"))
 
 
 # ------------------------------------------------------------------------------------------------ reference backend

@@ -285,7 +285,9 @@ def test_autocast_casts_x_only():
     assert torch.equal(out, rom.ops.causal_conv1d(**a))
 
 
-@pytest.mark.parametrize("kinds", [{}, {"cu_seqlens": [0, 2, 5]}, {"rows_per_step": 2}], ids=["plain", "packed", "rows"])
+@pytest.mark.parametrize(
+    "kinds", [{}, {"cu_seqlens": [0, 2, 5]}, {"rows_per_step": 2}], ids=["plain", "packed", "rows"]
+)
 def test_opcheck(kinds):
     a = make(1, 5, 6, 4, torch.float32, **kinds)
     for final in (True, False):
@@ -328,7 +330,7 @@ INT = torch.int32
         ({"weight": torch.ones(7, 4)}, ValueError, r"expected weight of shape \(8, width\), got \(7, 4\)"),
         ({"bias": torch.ones(7)}, ValueError, r"expected bias of shape \(8,\), got \(7,\)"),
         ({"bias": torch.ones(8, device="meta")}, ValueError, "expected bias on cpu like x, got meta"),
-        ({"activation": "gelu"}, ValueError, "expected activation None, \"silu\" or \"swish\", got 'gelu'"),
+        ({"activation": "gelu"}, ValueError, 'expected activation None, "silu" or "swish", got \'gelu\''),
         ({"initial_state": torch.ones(1, 8, 3)}, ValueError, r"initial_state of shape \(1, 8, 4\), got \(1, 8, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 4])}, TypeError, "cu_seqlens of dtype torch.int32, got torch.int64"),
         ({"cu_seqlens": torch.tensor([0], dtype=INT)}, ValueError, "at least one sequence"),

@@ -1,0 +1,144 @@
+import pytest
+import torch
+from tolerance import assert_close
+
+import rom
+from rom.ops import conv_update
+from rom.reference import conv as reference
+
+# (x, conv_state): caches come in the model's dtype or in float32
+PAIRS = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+]
+
+
+def make(batch, steps, dim, width, dtype=torch.float32, state_dtype=None, slots=None):
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(*((batch, dim) if steps is None else (batch, steps, dim))).to(dtype)
+    state = torch.randn(slots or batch, dim, width).to(state_dtype or compute)
+    return x, state, torch.randn(dim, width, dtype=compute), torch.randn(dim, dtype=compute)
+
+
+@pytest.mark.parametrize("steps", [None, 1, 5])
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "-".join(str(d).removeprefix("torch.") for d in p))
+def test_matches_float64(dtypes, width, steps):
+    x, state, weight, bias = make(3, steps, 45, width, *dtypes)
+    expected_state, plain_state = state.double(), state.clone()
+    expected = reference.causal_conv1d_update(x.double(), expected_state, weight, bias, "silu")
+    plain = reference.causal_conv1d_update(x, plain_state, weight, bias, "silu")
+    got = rom.ops.causal_conv1d_update(x, state, weight, bias, "silu")
+    assert got.dtype == x.dtype and got.shape == x.shape
+    assert_close("out", got, expected, plain)
+    assert torch.equal(state.double(), expected_state)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_equal_forward(dtype, chunk):
+    x, state, weight, bias = make(2, 9, 600, 4, dtype)
+    whole, final = rom.ops.causal_conv1d(x, weight, bias, "silu", state, return_final_state=True)
+    outs = [rom.ops.causal_conv1d_update(part, state, weight, bias, "silu") for part in x.split(chunk, 1)]
+    assert_close("out", torch.cat(outs, 1), whole.double())
+    assert torch.equal(state, final)
+
+
+def test_state_indices():
+    x, state, weight, bias = make(4, 2, 20, 4, slots=7)
+    before = state.clone()
+    out = rom.ops.causal_conv1d_update(x, state, weight, bias, None, torch.tensor([5, -1, 0, -1], dtype=torch.int32))
+    assert not out[1].any() and not out[3].any()
+    for row, slot in ((0, 5), (2, 0)):
+        alone = before[slot : slot + 1].clone()
+        assert torch.equal(out[row], rom.ops.causal_conv1d_update(x[row : row + 1], alone, weight, bias)[0])
+        assert torch.equal(state[slot], alone[0])
+    untouched = [1, 2, 3, 4, 6]
+    assert torch.equal(state[untouched], before[untouched])
+
+
+def test_strided_state_and_input():
+    x, state, weight, bias = make(3, 2, 20, 4)
+    transposed = state.transpose(1, 2).contiguous().transpose(1, 2)  # channels contiguous, as causal_conv1d keeps it
+    inputs = torch.cat([x, x], -1)[..., :20]
+    got = rom.ops.causal_conv1d_update(inputs, transposed, weight, bias, "silu")
+    assert torch.equal(got, rom.ops.causal_conv1d_update(x, state, weight, bias, "silu"))
+    assert torch.equal(transposed, state)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
+def test_empty(shape):
+    x, state, weight, bias = make(*shape, 4)
+    before = state.clone()
+    assert rom.ops.causal_conv1d_update(x, state, weight, bias).shape == shape
+    assert torch.equal(state, before)
+
+
+def test_other_widths_need_the_reference():
+    x, state, weight, bias = make(2, 3, 8, 5)
+    with pytest.raises(rom.BackendError, match="width 5 is not one of"), rom.backend("strict"):
+        rom.ops.causal_conv1d_update(x, state, weight, bias)
+    whole = reference.causal_conv1d(x, weight, bias, initial_state=state)
+    with rom.backend("reference"):
+        assert torch.equal(rom.ops.causal_conv1d_update(x, state, weight, bias), whole)
+
+
+def test_autocast_casts_x_only():
+    x, state, weight, bias = make(2, 3, 8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert rom.ops.causal_conv1d_update(x, state, weight, bias).dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+
+
+def test_gradients_are_refused():
+    x, state, weight, bias = make(2, 3, 8, 4)
+    weight.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"weight requires one.*torch.no_grad\(\).*causal_conv1d with initial_state"):
+        rom.ops.causal_conv1d_update(x, state, weight, bias)
+    with torch.no_grad():
+        rom.ops.causal_conv1d_update(x, state, weight, bias)
+
+
+def test_opcheck_and_compile():
+    x, state, weight, bias = make(2, 3, 8, 4)
+    slots = torch.tensor([1, 0], dtype=torch.int32)
+    operator = torch.ops.rom.causal_conv1d_update.default
+    torch.library.opcheck(operator, (x, state, weight, bias, True, slots, "cpu"))
+    other = state.clone()
+    expected = rom.ops.causal_conv1d_update(x, state, weight, bias, "silu")
+    compiled = torch.compile(rom.ops.causal_conv1d_update, fullgraph=True)
+    assert_close("out", compiled(x, other, weight, bias, "silu"), expected.double())
+    assert torch.equal(other, state)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": torch.ones(8)}, ValueError, r"x of shape \[batch, dim\] or \[batch, steps, dim\], got \(8,\)"),
+        ({"conv_state": torch.ones(2, 8, 3)}, ValueError, r"conv_state of shape \(slots, 8, 4\), got \(2, 8, 3\)"),
+        (
+            {"conv_state": torch.ones(3, 8, 4)},
+            ValueError,
+            "conv_state with 2 slots, one per sequence, got 3.*state_ind",
+        ),
+        ({"conv_state": torch.ones(2, 8, 4).half()}, TypeError, "conv_state of dtype torch.float32"),
+        ({"weight": torch.ones(8, 1, 4)}, ValueError, r"weight of shape \(8, width\)"),
+        ({"activation": "relu"}, ValueError, "activation None"),
+        ({"state_indices": torch.tensor([0, 1])}, TypeError, "state_indices of dtype torch.int32, got torch.int64"),
+        ({"state_indices": torch.tensor([0], dtype=torch.int32)}, ValueError, r"state_indices of shape \(2,\)"),
+        ({"state_indices": torch.tensor([0, 0], dtype=torch.int32)}, ValueError, "every slot at most once"),
+        ({"state_indices": torch.tensor([0, 2], dtype=torch.int32)}, ValueError, "state_indices below 2.*got 2"),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {"x": torch.ones(2, 8), "conv_state": torch.ones(2, 8, 4), "weight": torch.ones(8, 4)} | change
+    with pytest.raises(error, match=message):
+        rom.ops.causal_conv1d_update(**arguments)
+
+
+def test_docstring_example(run_doctests):
+    run_doctests(conv_update)
