@@ -29,7 +29,7 @@ def make(batch, steps, dim, width, dtype=torch.float32, state_dtype=None, slots=
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "-".join(str(d).removeprefix("torch.") for d in p))
 def test_matches_float64(dtypes, width, steps):
     x, state, weight, bias = make(3, steps, 45, width, *dtypes)
-    expected_state, plain_state = state.double(), state.clone()
+    expected_state, plain_state = state.double().clone(), state.clone()
     expected = reference.causal_conv1d_update(x.double(), expected_state, weight, bias, "silu")
     plain = reference.causal_conv1d_update(x, plain_state, weight, bias, "silu")
     got = rom.ops.causal_conv1d_update(x, state, weight, bias, "silu")
