@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rom import dispatch
+from rom import dispatch, native
 from rom.ops import _decode, _op
 from rom.reference import state_update as reference
 
@@ -134,6 +134,50 @@ def _validate(
     _decode.check_slots(OP, state, "state", batch, state_indices)
 
 
+def _native(
+    state: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    state_indices: torch.Tensor | None,
+) -> torch.Tensor:
+    def steps(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return _op.unit_stride(tensor if tensor is None or tensor.dim() == 3 else tensor.unsqueeze(1))
+
+    def parameter(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(state.dtype).contiguous()
+
+    batch, dim = u.shape[0], u.shape[-1]
+    length = u.shape[1] if u.dim() == 3 else 1
+    B, C = (_op.unit_stride(t.to(state.dtype)) for t in (B, C))  # type: ignore[assignment]
+    out = native.empty((batch, length, dim), u.dtype, u.device)
+    native.call(
+        "state_update",
+        u.device,
+        state=state,
+        u=steps(u),
+        delta=steps(delta),
+        A=parameter(A),
+        B=reference.by_group(B, batch, length, dim, u.dim()),
+        C=reference.by_group(C, batch, length, dim, u.dim()),
+        D=parameter(D),
+        z=steps(z),
+        delta_bias=parameter(delta_bias),
+        delta_softplus=int(delta_softplus),
+        state_indices=None if state_indices is None else state_indices.contiguous(),
+        out=out,
+    )
+    return out.view(u.shape)
+
+
+for _backend in ("cpu", "cuda"):
+    dispatch.register(OP, _backend, _native, kernels=("state_update",))
 dispatch.register(OP, "reference", reference.selective_state_update)
 
 
