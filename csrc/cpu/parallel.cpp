@@ -33,14 +33,14 @@ class Pool {
       }
       if (helpers > started_) helpers = started_;
       job_ = &job;
-      wanted_ = running_ = helpers;
+      wanted_ = helpers;
       ++generation_;
     }
     wake_.notify_all();
     job.work(0);
     std::unique_lock<std::mutex> guard(mutex_);
+    job_ = nullptr;  // a helper that wakes only now finds nothing: nobody waits for it, however busy the machine is
     done_.wait(guard, [&] { return running_ == 0; });
-    job_ = nullptr;
   }
 
  private:
@@ -61,8 +61,9 @@ class Pool {
     for (;;) {
       wake_.wait(guard, [&] { return generation_ != seen; });
       seen = generation_;
-      if (worker > wanted_) continue;
+      if (worker > wanted_ || !job_) continue;
       Job* job = job_;
+      ++running_;
       guard.unlock();
       job->work(worker);
       guard.lock();
@@ -78,11 +79,11 @@ class Pool {
 };
 
 // Never destroyed: its threads sleep until the process ends. A forked child has none of them, so it gets a new pool.
+// Registered when the library is loaded: a first call would do so under a lock that a concurrent fork() could copy.
 std::atomic<Pool*> pool{nullptr};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
 
 Pool& the_pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-  (void)registered;
   Pool* current = pool.load();
   if (current) return *current;
   Pool* fresh = new Pool;

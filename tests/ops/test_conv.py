@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,7 +125,7 @@ def test_packed_equals_separate(device):
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     a = make(1, bounds[-1], 33, 4, torch.float32, device=device, cu_seqlens=bounds)
     packed, states = rom.ops.causal_conv1d(**a, activation="silu", return_final_state=True)
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for i, (start, end) in enumerate(pairwise(bounds)):
         out, state = rom.ops.causal_conv1d(
             a["x"][:, start:end], a["weight"], a["bias"], "silu", a["initial_state"][i : i + 1], return_final_state=True
         )
