@@ -117,7 +117,11 @@ struct Partition {
   }
   Task task(int64_t i) const {
     const int64_t c0 = i % blocks * kChannels, chunk = i / blocks % chunks, begin = chunk * rows;
-    return {i / blocks / chunks,         chunk, begin, begin + rows < length ? begin + rows : length, c0,
+    return {i / blocks / chunks,
+            chunk,
+            begin,
+            begin + rows < length ? begin + rows : length,
+            c0,
             c0 + kChannels < dim ? c0 + kChannels : dim};
   }
 };

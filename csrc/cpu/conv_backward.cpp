@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Causal depthwise convolution, backward. With g_t = grad_out_t * act'(pre_t), pre recomputed from x:
-//   grad_x_t = sum_j weight[W - 1 - j] g_{t + j}     grad_weight[k] = sum_t g_t x_{t - W + 1 + k}     grad_bias = sum_t g_t
+//   grad_x_t = sum_j weight[W - 1 - j] g_{t + j}     grad_weight[k] = sum_t g_t x_{t - W + 1 + k}     grad_bias = sum_t
+//   g_t
 // Time runs forward; step t completes grad_x_{t - W + 1}, so only W - 1 rows of g are carried along.
 #include "cpu/kernel.hpp"
 #include "rom/conv.h"
@@ -28,7 +29,7 @@ struct Backward {
   const rom_conv_backward_args& a;
   const Input<X>& in;
   const Task task;
-  T* const partial;            // (W + 1, dim): this chunk's share of grad_weight and grad_bias
+  T* const partial;           // (W + 1, dim): this chunk's share of grad_weight and grad_bias
   T carry[W - 1][kChannels];  // g_{t - W + 1} ... g_{t - 1}
 
   const X* grad_out(int64_t t) const {
@@ -46,22 +47,31 @@ struct Backward {
     each_vector<T>(task.c0, task.c1, [&](int64_t c, auto part) {
       V w[W], x[kStep + W - 1], g[kStep + W - 1], sums[W], sum_g = broadcast((T)0);
       const V b = bias ? get(bias + c, part) : sum_g;
-      ROM_UNROLL for (int k = 0; k < W; ++k) w[k] = get(weight + k * in.dim + c, part), sums[k] = sum_g;
-      ROM_UNROLL for (int i = 0; i < kStep + W - 1; ++i) x[i] = get(taps[i] + c, part);
-      ROM_UNROLL for (int j = 0; j < W - 1; ++j) g[j] = get(carry[j] + c - task.c0, part);
-      ROM_UNROLL for (int r = 0; r < kStep; ++r) {
+      ROM_UNROLL
+      for (int k = 0; k < W; ++k) w[k] = get(weight + k * in.dim + c, part), sums[k] = sum_g;
+      ROM_UNROLL
+      for (int i = 0; i < kStep + W - 1; ++i) x[i] = get(taps[i] + c, part);
+      ROM_UNROLL
+      for (int j = 0; j < W - 1; ++j) g[j] = get(carry[j] + c - task.c0, part);
+      ROM_UNROLL
+      for (int r = 0; r < kStep; ++r) {
         V pre = b;
-        ROM_UNROLL for (int k = 0; k < W; ++k) pre = fma(w[k], x[r + k], pre);
+        ROM_UNROLL
+        for (int k = 0; k < W; ++k) pre = fma(w[k], x[r + k], pre);
         const V grad = get(grads[r] + c, part), mine = a.silu ? grad * silu_slope(pre) : grad;
         g[W - 1 + r] = mine;
         sum_g += mine;
-        ROM_UNROLL for (int k = 0; k < W; ++k) sums[k] = fma(mine, x[r + k], sums[k]);
+        ROM_UNROLL
+        for (int k = 0; k < W; ++k) sums[k] = fma(mine, x[r + k], sums[k]);
         V done = w[W - 1] * g[r];
-        ROM_UNROLL for (int j = 1; j < W; ++j) done = fma(w[W - 1 - j], g[r + j], done);
+        ROM_UNROLL
+        for (int j = 1; j < W; ++j) done = fma(w[W - 1 - j], g[r + j], done);
         put(outs[r] + c, done, part);
       }
-      ROM_UNROLL for (int j = 0; j < W - 1; ++j) put(carry[j] + c - task.c0, g[kStep + j], part);
-      ROM_UNROLL for (int k = 0; k < W; ++k) accumulate(partial + k * in.dim + c, sums[k], part);
+      ROM_UNROLL
+      for (int j = 0; j < W - 1; ++j) put(carry[j] + c - task.c0, g[kStep + j], part);
+      ROM_UNROLL
+      for (int k = 0; k < W; ++k) accumulate(partial + k * in.dim + c, sums[k], part);
       accumulate(partial + W * in.dim + c, sum_g, part);
     });
   }
@@ -74,19 +84,22 @@ struct Backward {
       V mine = broadcast((T)0);
       if (t < q.end) {
         V x[W], pre = bias ? get(bias + c, part) : mine;
-        ROM_UNROLL for (int k = 0; k < W; ++k) {
+        ROM_UNROLL
+        for (int k = 0; k < W; ++k) {
           x[k] = tap(in, q, t - W + 1 + k, c, part);
           pre = fma(get(weight + k * in.dim + c, part), x[k], pre);
         }
         mine = get(grad_out(t) + c, part);
         if (a.silu) mine *= silu_slope(pre);
         if (t < end) {
-          ROM_UNROLL for (int k = 0; k < W; ++k) accumulate(partial + k * in.dim + c, mine * x[k], part);
+          ROM_UNROLL
+          for (int k = 0; k < W; ++k) accumulate(partial + k * in.dim + c, mine * x[k], part);
           accumulate(partial + W * in.dim + c, mine, part);
         }
       }
       V done = get(weight + c, part) * mine;
-      ROM_UNROLL for (int j = W - 2; j >= 0; --j) {  // each place of the carry takes its successor's value
+      ROM_UNROLL
+      for (int j = W - 2; j >= 0; --j) {  // each place of the carry takes its successor's value
         T* place = carry[j] + c - task.c0;
         const V g = get(place, part);
         done = fma(get(weight + (W - 1 - j) * in.dim + c, part), g, done);
@@ -154,7 +167,8 @@ void backward(const rom_conv_backward_args& a) {
     for (int k = 0; k <= W; ++k)
       __builtin_memset(mine + k * in.dim + task.c0, 0, (size_t)(task.c1 - task.c0) * sizeof(T));
     Backward<X, W> work{a, in, task, mine, {}};
-    each_sequence(in, task, [&](const Sequence& q, int64_t begin, int64_t end) { work.part_of_sequence(q, begin, end); });
+    each_sequence(in, task,
+                  [&](const Sequence& q, int64_t begin, int64_t end) { work.part_of_sequence(q, begin, end); });
   });
   // In the order of the chunks, row by row of (grad_weight, grad_bias).
   for (int k = 0; k <= W; ++k) {
@@ -178,8 +192,7 @@ ROM_CPU_WORKSPACE(rom_conv_backward, rom_conv_backward_args) {
 
 ROM_CPU_KERNEL(rom_conv_backward, rom_conv_backward_args) {
   bool known = false;
-  with_storage_type(a.x.dtype, [&]<class X>(Type<X>) {
-    known = with_width(a.weight.size[0], [&]<int W>() { backward<X, W>(a); });
-  });
+  with_storage_type(
+      a.x.dtype, [&]<class X>(Type<X>) { known = with_width(a.weight.size[0], [&]<int W>() { backward<X, W>(a); }); });
   return known ? ROM_OK : unsupported(a.x, a.weight.size[0]);
 }

@@ -16,12 +16,16 @@ ROM_INLINE void step(const Input<X>& in, const X* const* taps, X* const* outs, c
   const T *weight = (const T*)in.weight.data, *bias = (const T*)in.bias.data;
   each_vector<T>(task.c0, task.c1, [&](int64_t c, auto part) {
     Vec<T> w[W], x[kStep + W - 1];
-    ROM_UNROLL for (int k = 0; k < W; ++k) w[k] = get(weight + k * in.dim + c, part);
-    ROM_UNROLL for (int i = 0; i < kStep + W - 1; ++i) x[i] = get(taps[i] + c, part);
+    ROM_UNROLL
+    for (int k = 0; k < W; ++k) w[k] = get(weight + k * in.dim + c, part);
+    ROM_UNROLL
+    for (int i = 0; i < kStep + W - 1; ++i) x[i] = get(taps[i] + c, part);
     const Vec<T> b = bias ? get(bias + c, part) : broadcast((T)0);
-    ROM_UNROLL for (int r = 0; r < kStep; ++r) {
+    ROM_UNROLL
+    for (int r = 0; r < kStep; ++r) {
       Vec<T> pre = b;
-      ROM_UNROLL for (int k = 0; k < W; ++k) pre = fma(w[k], x[r + k], pre);
+      ROM_UNROLL
+      for (int k = 0; k < W; ++k) pre = fma(w[k], x[r + k], pre);
       put(outs[r] + c, silu ? pre * sigmoid(pre) : pre, part);
     }
   });
@@ -34,8 +38,8 @@ void row(const Input<X>& in, const Sequence& q, int64_t t, X* out, const Task& t
   const T *weight = (const T*)in.weight.data, *bias = (const T*)in.bias.data;
   each_vector<T>(task.c0, task.c1, [&](int64_t c, auto part) {
     Vec<T> pre = bias ? get(bias + c, part) : broadcast((T)0);
-    ROM_UNROLL for (int k = 0; k < W; ++k)
-      pre = fma(get(weight + k * in.dim + c, part), tap(in, q, t - W + 1 + k, c, part), pre);
+    ROM_UNROLL
+    for (int k = 0; k < W; ++k) pre = fma(get(weight + k * in.dim + c, part), tap(in, q, t - W + 1 + k, c, part), pre);
     put(out + c, silu ? pre * sigmoid(pre) : pre, part);
   });
 }

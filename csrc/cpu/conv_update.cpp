@@ -28,7 +28,8 @@ ROM_INLINE void channels(const rom_conv_update_args& a, int64_t b, int64_t slot,
   using T = Compute<X>;
   Vec<T> w[W], window[W];
   S* state = (S*)a.conv_state.data + slot * a.conv_state.stride[0] + c * across;
-  ROM_UNROLL for (int k = 0; k < W; ++k) {
+  ROM_UNROLL
+  for (int k = 0; k < W; ++k) {
     w[k] = gather<T, T>((const T*)a.weight.data + c * W + k, W, count);
     window[k] = gather<S, T>(state + k * along, across, count);
   }
@@ -37,15 +38,18 @@ ROM_INLINE void channels(const rom_conv_update_args& a, int64_t b, int64_t slot,
   const Vec<T> bias = a.bias.data ? get((const T*)a.bias.data + c) : broadcast((T)0);
   const int64_t steps = a.x.size[1];
   for (int64_t t = 0; t < steps; ++t) {
-    ROM_UNROLL for (int k = 0; k + 1 < W; ++k) window[k] = window[k + 1];
+    ROM_UNROLL
+    for (int k = 0; k + 1 < W; ++k) window[k] = window[k + 1];
     window[W - 1] = get((const X*)a.x.data + b * a.x.stride[0] + t * a.x.stride[1] + c);
     Vec<T> pre = bias;
-    ROM_UNROLL for (int k = 0; k < W; ++k) pre = fma(w[k], window[k], pre);
+    ROM_UNROLL
+    for (int k = 0; k < W; ++k) pre = fma(w[k], window[k], pre);
     if (a.silu) pre *= sigmoid(pre);
     X* out = (X*)a.out.data + b * a.out.stride[0] + t * a.out.stride[1] + c;
     whole ? store(out, pre) : store_partial(out, pre, count);
   }
-  ROM_UNROLL for (int k = 0; k < W; ++k) scatter<S, T>(state + k * along, across, window[k], count);
+  ROM_UNROLL
+  for (int k = 0; k < W; ++k) scatter<S, T>(state + k * along, across, window[k], count);
 }
 
 template <class X, class S, int W>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The selective scan's decode step. A vector holds the states of one channel, as memory does (16 states fill one AVX-512
-// register); what is per channel (softplus, gate, skip) is done for a vector of channels at once.
+// The selective scan's decode step. A vector holds the states of one channel, as memory does (16 states fill one
+// AVX-512 register); what is per channel (softplus, gate, skip) is done for a vector of channels at once.
 #include "cpu/kernel.hpp"
 #include "rom/state_update.h"
 

@@ -7,8 +7,8 @@ extern "C" {
 #endif
 
 /* out_t = act(bias + sum_k weight[k] * x_{t - width + 1 + k}), channel by channel, within each sequence.
- *   x (batch, length, dim), or with row_index (batch, length, K) int32 a table of rows: x_t = sum_k x[row_index[b, t, k]]
- *   weight (width, dim), bias (dim) or absent: contiguous, in the compute type (float64 for float64, else float32)
+ *   x (batch, length, dim), or with row_index (batch, length, K) int32 a table of rows: x_t = sum_k x[row_index[b, t,
+ * k]] weight (width, dim), bias (dim) or absent: contiguous, in the compute type (float64 for float64, else float32)
  *   initial_state, final_state (sequences, dim, width) or absent: contiguous, compute type, newest input last
  *   cu_seqlens (sequences + 1) int32: boundaries of packed sequences, batch is 1; absent: one sequence per batch row
  * x, out and their gradients have unit stride along dim; out is contiguous. width is 2, 3 or 4. */
@@ -32,7 +32,8 @@ typedef struct {
 
 /* The same on a state kept in place: x and out (batch, steps, dim) with unit stride along dim, conv_state (slots, dim,
  * width) of any strides in x's dtype or the compute type, weight here (dim, width) contiguous.
- * state_indices (batch) int32: slot of each row, negative is padding (out is 0, nothing else happens); may be absent. */
+ * state_indices (batch) int32: slot of each row, negative is padding (out is 0, nothing else happens); may be absent.
+ */
 typedef struct {
   rom_launch launch;
   int64_t silu;

@@ -7,13 +7,13 @@ extern "C" {
 #endif
 
 /* The selective scan's decode step, per channel d and state n, for every step in turn:
- *   state = exp(delta A) state + delta B u;   out = (sum_n C state + D u) silu(z);   delta = softplus(delta + delta_bias)
- *   state (slots, dim, state) with unit stride along the last, A (dim, state), D and delta_bias (dim): compute type
- *   (float64 for float64, else float32); A, D, delta_bias contiguous; D, z, delta_bias may be absent
- *   u, delta, z, out (batch, steps, dim) of one storage type, unit stride along dim
- *   B, C (batch, steps, groups, state) in the compute type, unit stride along state, group g serves dim / groups
- *   channels; constant over time: stride 0 along batch and steps, one group per channel
- *   state_indices (batch) int32: slot of each row, negative is padding (out is 0, nothing else happens); may be absent */
+ *   state = exp(delta A) state + delta B u;   out = (sum_n C state + D u) silu(z);   delta = softplus(delta +
+ * delta_bias) state (slots, dim, state) with unit stride along the last, A (dim, state), D and delta_bias (dim):
+ * compute type (float64 for float64, else float32); A, D, delta_bias contiguous; D, z, delta_bias may be absent u,
+ * delta, z, out (batch, steps, dim) of one storage type, unit stride along dim B, C (batch, steps, groups, state) in
+ * the compute type, unit stride along state, group g serves dim / groups channels; constant over time: stride 0 along
+ * batch and steps, one group per channel state_indices (batch) int32: slot of each row, negative is padding (out is 0,
+ * nothing else happens); may be absent */
 typedef struct {
   rom_launch launch;
   int64_t delta_softplus;
