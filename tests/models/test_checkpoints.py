@@ -7,7 +7,6 @@ from tolerance import assert_close, errors
 
 from rom.models import RoutingMambaConfig, RoutingMambaLM
 
-pytestmark = pytest.mark.filterwarnings("ignore::rom.dispatch.FallbackWarning")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 

@@ -4,7 +4,6 @@ import torch
 from rom.models import RoutingMambaConfig, RoutingMambaLM
 from rom.models.generation import Sampling
 
-pytestmark = pytest.mark.filterwarnings("ignore::rom.dispatch.FallbackWarning")
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]]))
 
 

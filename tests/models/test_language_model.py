@@ -8,8 +8,6 @@ from tolerance import assert_close
 import rom
 from rom.models import RoutingMambaConfig, RoutingMambaLM, language_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::rom.dispatch.FallbackWarning")
-
 
 def make(dtype=torch.float32, **changes):
     fields = {"vocab_size": 50, "d_model": 32, "n_layer": 3, "num_experts": 4, "top_k": 2, **changes}

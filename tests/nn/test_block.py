@@ -11,7 +11,6 @@ import rom
 from rom.nn import block as block_module
 from rom.nn import norm as norm_module
 
-pytestmark = pytest.mark.filterwarnings("ignore::rom.dispatch.FallbackWarning")
 SUBSETS = [("in",), ("gate",), ("out",), ("in", "gate"), ("in", "out"), ("gate", "out"), ("in", "gate", "out")]
 FLOAT32 = ("A_log", "D", "dt_proj.bias", "router.weight")
 DENSE_KEYS = {
