@@ -22,13 +22,16 @@ namespace {
 #include "cpu/scan.hpp"
 
 constexpr int64_t kMostSegments = 16;
+constexpr int kAhead = 4;  // u, delta, grad_out, z
 
-// What one step of one block needs; interleaved, so that a step is one run of cache lines.
+// One step of a block's tile; interleaved, so that a step is one run of cache lines. `gate` holds z until prepare().
 template <class T>
 struct alignas(64) Step {
   T delta[lanes<T>], delta_u[lanes<T>], dy[lanes<T>], through_B[lanes<T>], through_A[lanes<T>], y[lanes<T>];
   T u[lanes<T>], slope[lanes<T>], gate[lanes<T>];
 };
+template <class T>
+constexpr int kStride = sizeof(Step<T>) / sizeof(T);
 // The states before a step, and its decays.
 template <class T>
 struct alignas(64) Moment {
@@ -41,61 +44,57 @@ struct Gather {
   int64_t step;
 };
 
-template <class S>
-void prologue(const Problem& p, const rom_tensor& grad_out, const Sequence& s, int64_t first, int steps, Channels c,
-              Step<Compute<S>>* tile) {
-  using T = Compute<S>;
-  using Rows = Staged<Vec<T>, kRows>;
-  const Vec<T> bias = get_parameter<T>(p.delta_bias, c), D = get_parameter<T>(p.D, c), zero = broadcast((T)0);
-  const bool wide = grad_out.dtype != p.u.dtype;
-  for (int t0 = 0; t0 < steps; t0 += kRows) {
-    Rows delta, dy, gate, z;
-    int64_t row_of[kRows];
-    Step<T>* to[kRows];
-    ROM_EACH(kRows) {
-      const int t = t0 + i < steps ? t0 + i : steps - 1;  // the tail repeats the last step
-      row_of[i] = s.begin + first + t, to[i] = tile + t;
-      delta.v[i] = get(row<const S>(p.delta, s.batch, row_of[i]) + c.channel, c.count) + bias;
-      dy.v[i] =
-          wide ? get_rows<T>(p, grad_out, s.batch, row_of[i], c) : get_rows<S>(p, grad_out, s.batch, row_of[i], c);
-      if (p.z.data) z.v[i] = get_rows<S>(p, p.z, s.batch, row_of[i], c);
-    }
+// Everything that depends on (step, channel) only.
+template <class T>
+void prepare(const Problem& p, int steps, Channels c, Step<T>* tile) {
+  using Rows4 = Staged<Vec<T>, kRows>;
+  const Vec<T> bias = get_parameter<T>(p.delta_bias, c), D = get_parameter<T>(p.D, c);
+  for (Step<T>* at = tile; at < tile + steps; at += kRows) {
+    Rows4 delta;
+    ROM_EACH(kRows) delta.v[i] = load(at[i].delta) + bias;
     if (p.softplus) {
-      const SoftplusResult<Rows> both = softplus(delta);
+      const SoftplusResult<Rows4> both = softplus(delta);
       delta = both.value;
-      ROM_EACH(kRows) store(to[i]->slope, both.slope.v[i]);
+      ROM_EACH(kRows) store(at[i].slope, both.slope.v[i]);
     } else {
-      ROM_EACH(kRows) store(to[i]->slope, broadcast((T)1));
-    }
-    if (p.z.data) {  // silu'(z) = sigmoid (1 + z (1 - sigmoid))
-      const Rows sigma = sigmoid(z), silu = z * sigma;
-      gate = dy * (sigma + silu - silu * sigma);
-      dy = dy * silu;
-      ROM_EACH(kRows) store(to[i]->gate, gate.v[i]);
+      ROM_EACH(kRows) store(at[i].slope, broadcast((T)1));
     }
     ROM_EACH(kRows) {
-      const Vec<T> u = get(row<const S>(p.u, s.batch, row_of[i]) + c.channel, c.count);
-      store(to[i]->delta, delta.v[i]);
-      store(to[i]->delta_u, delta.v[i] * u);
-      store(to[i]->dy, dy.v[i]);
-      store(to[i]->u, u);
-      store(to[i]->y, D * u);
-      store(to[i]->through_A, zero);
-      store(to[i]->through_B, zero);
+      const Vec<T> u = load(at[i].u);
+      store(at[i].delta, delta.v[i]);
+      store(at[i].delta_u, delta.v[i] * u);
+      store(at[i].y, D * u);
+      store(at[i].through_A, broadcast((T)0));
+      store(at[i].through_B, broadcast((T)0));
+    }
+    if (!p.z.data) continue;
+    Rows4 z, dy;
+    ROM_EACH(kRows) {
+      z.v[i] = load(at[i].gate);
+      dy.v[i] = load(at[i].dy);
+    }
+    const Rows4 sigma = sigmoid(z), silu = z * sigma;
+    const Rows4 gate = dy * (sigma + silu - silu * sigma);  // silu' = sigmoid (1 + z (1 - sigmoid))
+    dy = dy * silu;
+    ROM_EACH(kRows) {
+      store(at[i].gate, gate.v[i]);
+      store(at[i].dy, dy.v[i]);
     }
   }
 }
 
 template <bool kByTime, class T>
 ROM_INLINE void replay(int steps, const T* A, const T* checkpoint, const T* B, int64_t B_step, const T* C,
-                       int64_t C_step, Step<T>* tile, Moment<T>* moments) {
+                       int64_t C_step, Step<T>* tile, Moment<T>* moments, Ahead& ahead) {
   Staged<Vec<T>, kStates> h, a_log;
   ROM_EACH(kStates) {
     h.v[i] = load(checkpoint + i * lanes<T>);
     a_log.v[i] = load(A + i * lanes<T>);
     store(moments[0].h[i], h.v[i]);
   }
+  Ahead cursor = ahead;
   for (int t = 0; t < steps; ++t, B += B_step, C += C_step) {
+    cursor.step();
     const Staged<Vec<T>, kStates> a = exp2(a_log * load(tile[t].delta));
     const Vec<T> delta_u = load(tile[t].delta_u);
     ROM_EACH(kStates) {
@@ -107,6 +106,7 @@ ROM_INLINE void replay(int steps, const T* A, const T* checkpoint, const T* B, i
     ROM_EACH(kStates) y = fma(h.v[i], coefficient<kByTime>(C, i), y);
     store(tile[t].y, y);
   }
+  ahead = cursor;
 }
 
 template <bool kByTime, class T>
@@ -145,23 +145,21 @@ ROM_INLINE void sweep(int steps, const T* A, T* carry, T* grad_A, const T* B, in
   }
 }
 
-// Stores du, ddelta, dz and adds to the gradients of D and delta_bias. through_A was gathered with A log2(e).
-template <class S>
-void epilogue(const Problem& p, const rom_scan_backward_args& a, const Sequence& s, int64_t first, int steps,
-              Channels c, const Step<Compute<S>>* tile, Compute<S>* grad_D, Compute<S>* grad_bias) {
-  using T = Compute<S>;
+// du, ddelta, dz in the place of through_B, through_A, gate; adds to the gradients of D and delta_bias. through_A was
+// gathered with A log2(e).
+template <class T>
+void finish(const Problem& p, int steps, Channels c, Step<T>* tile, T* grad_D, T* grad_bias) {
   const Vec<T> D = get_parameter<T>(p.D, c);
   Vec<T> dD = load(grad_D), dbias = load(grad_bias);
-  for (int t = 0; t < steps; ++t) {
-    const int64_t at = s.begin + first + t;
-    const Vec<T> u = load(tile[t].u), dy = load(tile[t].dy), through_B = load(tile[t].through_B);
-    const Vec<T> ddelta =
-        (load(tile[t].through_A) * (T)0.693147180559945309417232 + through_B * u) * load(tile[t].slope);
-    put(row<S>(a.grad_delta, s.batch, at) + c.channel, ddelta, c.count);
-    put(row<S>(a.grad_u, s.batch, at) + c.channel, fma(dy, D, through_B * load(tile[t].delta)), c.count);
+  for (Step<T>* at = tile; at < tile + steps; ++at) {
+    const Vec<T> u = load(at->u), dy = load(at->dy), through_B = load(at->through_B);
+    const Vec<T> through_A = load(at->through_A) * (T)0.693147180559945309417232;
+    const Vec<T> ddelta = fma(through_B, u, through_A) * load(at->slope);
+    store(at->through_A, ddelta);
+    store(at->through_B, fma(dy, D, through_B * load(at->delta)));
+    if (p.z.data) store(at->gate, load(at->gate) * load(at->y));
     dbias += ddelta;
     dD = fma(dy, u, dD);
-    if (p.z.data) put_rows<S>(p, a.grad_z, s.batch, at, c, load(tile[t].gate) * load(tile[t].y));
   }
   store(grad_D, dD);
   store(grad_bias, dbias);
@@ -265,17 +263,37 @@ void backward_chunk(const rom_scan_backward_args& a, const Problem& p, const Seq
   for (int64_t tile_index = tiles - 1; tile_index >= 0; --tile_index) {
     const int64_t first = tile_index * kTile, slot = s.slot + tile_index;
     const int steps = (int)smaller(kTile, s.length - first);
+    const Rows rows = rows_of(s, first, steps);
     const T* checkpoints = (const T*)a.checkpoints.data + (slot * p.blocks + chunk.first_block) * block_values;
     const size_t gather_bytes = sizeof(T) * (size_t)(kTile * block_values);
     if (p.B_by_time) __builtin_memset(w.gather_B, 0, gather_bytes);
     if (p.C_by_time) __builtin_memset(w.gather_C, 0, gather_bytes);
+    Ahead ahead[kAhead];
+    if (tile_index > 0) {
+      const Rows next = rows_of(s, first - kTile, kTile);
+      const int64_t channel = channels_of<T>(p, chunk.first_block).channel, channels = chunk.blocks * W;
+      ahead[0].template start<S>(p.u, next, channel, channels);
+      ahead[1].template start<S>(p.delta, next, channel, channels);
+      if (a.grad_out.dtype == p.u.dtype)
+        ahead[2].template start<S>(a.grad_out, indexed(p, next), channel, channels);
+      else
+        ahead[2].template start<T>(a.grad_out, indexed(p, next), channel, channels);
+      ahead[3].template start<S>(p.z, indexed(p, next), channel, channels);
+    }
     B.start_tile(s, first, steps, chunk.group), C.start_tile(s, first, steps, chunk.group);
     for (int64_t i = 0; i < chunk.blocks; ++i) {
       const Channels c = channels_of<T>(p, chunk.first_block + i);
       T* mine = parameters + i * fields.all * W;
       Step<T> tile[kTile];
       Moment<T> moments[kTile + 1];
-      prologue<S>(p, a.grad_out, s, first, steps, c, tile);
+      gather<S>(p.delta, rows, c, tile->delta, kStride<T>);
+      gather<S>(p.u, rows, c, tile->u, kStride<T>);
+      if (p.z.data) gather<S>(p.z, indexed(p, rows), c, tile->gate, kStride<T>);
+      if (a.grad_out.dtype == p.u.dtype)
+        gather<S>(a.grad_out, indexed(p, rows), c, tile->dy, kStride<T>);
+      else
+        gather<T>(a.grad_out, indexed(p, rows), c, tile->dy, kStride<T>);
+      prepare(p, steps, c, tile);
       const Coefficients<T> B_i = B.of_block(i), C_i = C.of_block(i);
       for (int64_t n0 = 0; n0 < p.states; n0 += kStates) {
         const T *A_n = w.A + i * block_values + n0 * W, *B_n = B_i.values + n0 * kWidth,
@@ -285,11 +303,14 @@ void backward_chunk(const rom_scan_backward_args& a, const Problem& p, const Seq
         const Gather<T> gather_C = p.C_by_time ? Gather<T>{w.gather_C + n0 * kTile * W, kStates * W}
                                                : Gather<T>{mine + (fields.C + n0) * W, 0};
         replay<kByTime>(steps, A_n, checkpoints + i * block_values + n0 * W, B_n, B_i.step, C_n, C_i.step, tile,
-                        moments);
+                        moments, ahead[n0 / kStates % kAhead]);
         sweep<kByTime>(steps, A_n, w.carry + i * block_values + n0 * W, mine + n0 * W, B_n, B_i.step, C_n, C_i.step,
                        gather_B, gather_C, tile, moments);
       }
-      epilogue<S>(p, a, s, first, steps, c, tile, mine + fields.D * W, mine + fields.bias * W);
+      finish(p, steps, c, tile, mine + fields.D * W, mine + fields.bias * W);
+      scatter<S>(a.grad_u, rows, c, tile->through_B, kStride<T>);
+      scatter<S>(a.grad_delta, rows, c, tile->through_A, kStride<T>);
+      if (p.z.data) scatter<S>(a.grad_z, indexed(p, rows), c, tile->gate, kStride<T>);
     }
     const int64_t values = w.tile_values(p), at = (chunk.index * slots_of(p) + slot) * values;
     if (p.B_by_time) sum_lanes(w.gather_B, values, w.partial_B + at);
@@ -360,6 +381,7 @@ void backward(const rom_scan_backward_args& a) {
                mine.A + i * p.states * lanes<T>);
     for (int64_t i = segment * p.sequences / segments; i < (segment + 1) * p.sequences / segments; ++i)
       backward_chunk<S, kByTime>(a, p, sequence_of(p, i), chunk, mine, parameters);
+    stream_end();
   });
   const Space shared(p, workspace, -1);
   parallel_for(p.sequences > 0 ? slots_of(p) : 0, a.launch.threads, [&](int64_t slot, int64_t) {

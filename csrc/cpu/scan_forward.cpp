@@ -13,77 +13,69 @@ namespace {
 //
 #include "cpu/scan.hpp"
 
-// One block's part of a tile, between prologue and epilogue.
+// One step of a block's tile. `delta_u` holds u until prepare().
 template <class T>
-struct alignas(64) Tile {
-  T delta[kTile][lanes<T>], delta_u[kTile][lanes<T>], y[kTile][lanes<T>];
+struct alignas(64) Step {
+  T delta[lanes<T>], delta_u[lanes<T>], y[lanes<T>], z[lanes<T>];
 };
+template <class T>
+constexpr int kStride = sizeof(Step<T>) / sizeof(T);
 
-template <class S>
-void prologue(const Problem& p, const Sequence& s, int64_t first, int steps, Channels c, Tile<Compute<S>>& tile) {
-  using T = Compute<S>;
+constexpr int kAhead = 3;  // u, delta, z
+
+template <class T>
+void prepare(const Problem& p, int steps, Channels c, Step<T>* tile) {
   const Vec<T> bias = get_parameter<T>(p.delta_bias, c), D = get_parameter<T>(p.D, c);
-  for (int t0 = 0; t0 < steps; t0 += kRows) {
+  for (int t = 0; t < steps; t += kRows) {
     Staged<Vec<T>, kRows> delta;
-    int step[kRows];
-    ROM_EACH(kRows) {
-      step[i] = t0 + i < steps ? t0 + i : steps - 1;  // the tail repeats the last step
-      delta.v[i] = get(row<const S>(p.delta, s.batch, s.begin + first + step[i]) + c.channel, c.count) + bias;
-    }
+    ROM_EACH(kRows) delta.v[i] = load(tile[t + i].delta) + bias;
     if (p.softplus) delta = softplus(delta).value;
     ROM_EACH(kRows) {
-      const Vec<T> u = get(row<const S>(p.u, s.batch, s.begin + first + step[i]) + c.channel, c.count);
-      store(tile.delta[step[i]], delta.v[i]);
-      store(tile.delta_u[step[i]], delta.v[i] * u);
-      store(tile.y[step[i]], D * u);
+      const Vec<T> u = load(tile[t + i].delta_u);
+      store(tile[t + i].delta, delta.v[i]);
+      store(tile[t + i].delta_u, delta.v[i] * u);
+      store(tile[t + i].y, D * u);
     }
   }
 }
 
 // h = exp2(delta A) h + delta u B;  y += C h, over one tile. A comes multiplied by log2(e).
 template <bool kByTime, class T>
-void advance(int64_t states, int steps, const T* A, T* h_block, Coefficients<T> B, Coefficients<T> C, Tile<T>& tile) {
+void advance(int64_t states, int steps, const T* A, T* h_block, Coefficients<T> B, Coefficients<T> C, Step<T>* tile,
+             Ahead* ahead) {
   for (int64_t n0 = 0; n0 < states; n0 += kStates) {
     Staged<Vec<T>, kStates> h, a_log;
     ROM_EACH(kStates) {
       h.v[i] = load(h_block + (n0 + i) * lanes<T>);
       a_log.v[i] = load(A + (n0 + i) * lanes<T>);
     }
+    Ahead cursor = ahead[n0 / kStates % kAhead];
     const T* B_t = B.values + n0 * (kByTime ? 1 : lanes<T>);
     const T* C_t = C.values + n0 * (kByTime ? 1 : lanes<T>);
     for (int t = 0; t < steps; ++t, B_t += B.step, C_t += C.step) {
-      const Staged<Vec<T>, kStates> a = exp2(a_log * load(tile.delta[t]));
-      const Vec<T> delta_u = load(tile.delta_u[t]);
+      const Staged<Vec<T>, kStates> a = exp2(a_log * load(tile[t].delta));
+      const Vec<T> delta_u = load(tile[t].delta_u);
       ROM_EACH(kStates) h.v[i] = fma(a.v[i], h.v[i], delta_u * coefficient<kByTime>(B_t, i));
-      Vec<T> y = load(tile.y[t]);
+      Vec<T> y = load(tile[t].y);
       ROM_EACH(kStates) y = fma(h.v[i], coefficient<kByTime>(C_t, i), y);
-      store(tile.y[t], y);
+      store(tile[t].y, y);
+      cursor.step();
     }
+    ahead[n0 / kStates % kAhead] = cursor;
     ROM_EACH(kStates) store(h_block + (n0 + i) * lanes<T>, h.v[i]);
   }
 }
 
-template <class S>
-void epilogue(const Problem& p, const rom_tensor& out, const Sequence& s, int64_t first, int steps, Channels c,
-              const Tile<Compute<S>>& tile) {
-  using T = Compute<S>;
-  const bool wide = out.dtype != p.u.dtype;
-  for (int t0 = 0; t0 < steps; t0 += kRows) {
+template <class T>
+void gate(int steps, Step<T>* tile) {
+  for (int t = 0; t < steps; t += kRows) {
     Staged<Vec<T>, kRows> y, z;
-    int64_t step[kRows];
     ROM_EACH(kRows) {
-      const int t = t0 + i < steps ? t0 + i : steps - 1;
-      step[i] = s.begin + first + t;
-      y.v[i] = load(tile.y[t]);
-      if (p.z.data) z.v[i] = get_rows<S>(p, p.z, s.batch, step[i], c);
+      y.v[i] = load(tile[t + i].y);
+      z.v[i] = load(tile[t + i].z);
     }
-    if (p.z.data) y = y * (z * sigmoid(z));
-    ROM_EACH(kRows) {
-      if (wide)
-        put_rows<T>(p, out, s.batch, step[i], c, y.v[i]);
-      else
-        put_rows<S>(p, out, s.batch, step[i], c, y.v[i]);
-    }
+    y = y * (z * sigmoid(z));
+    ROM_EACH(kRows) store(tile[t + i].y, y.v[i]);
   }
 }
 
@@ -118,18 +110,34 @@ void forward_chunk(const rom_scan_forward_args& a, const Problem& p, const Seque
   B.start_chunk(chunk), C.start_chunk(chunk);
   for (int64_t first = 0; first < s.length; first += kTile) {
     const int steps = (int)smaller(kTile, s.length - first);
+    const Rows rows = rows_of(s, first, steps);
     if (a.checkpoints.data) {
       T* checkpoint = (T*)a.checkpoints.data + ((s.slot + first / kTile) * p.blocks + chunk.first_block) * block_values;
       __builtin_memcpy(checkpoint, mine.h, sizeof(T) * (size_t)(chunk.blocks * block_values));
     }
+    Ahead ahead[kAhead];
+    const Rows next = rows_of(s, first + kTile, (int)smaller(kTile, s.length - first - kTile));
+    const int64_t channel = channels_of<T>(p, chunk.first_block).channel, channels = chunk.blocks * lanes<T>;
+    ahead[0].template start<S>(p.u, next, channel, channels);
+    ahead[1].template start<S>(p.delta, next, channel, channels);
+    if (next.steps > 0) ahead[2].template start<S>(p.z, indexed(p, next), channel, channels);
     B.start_tile(s, first, steps, chunk.group), C.start_tile(s, first, steps, chunk.group);
     for (int64_t i = 0; i < chunk.blocks; ++i) {
       const Channels c = channels_of<T>(p, chunk.first_block + i);
-      Tile<T> tile;
-      prologue<S>(p, s, first, steps, c, tile);
+      Step<T> tile[kTile];
+      gather<S>(p.delta, rows, c, tile->delta, kStride<T>);
+      gather<S>(p.u, rows, c, tile->delta_u, kStride<T>);
+      prepare(p, steps, c, tile);
       advance<kByTime>(p.states, steps, mine.A + i * block_values, mine.h + i * block_values, B.of_block(i),
-                       C.of_block(i), tile);
-      epilogue<S>(p, a.out, s, first, steps, c, tile);
+                       C.of_block(i), tile, ahead);
+      if (p.z.data) {
+        gather<S>(p.z, indexed(p, rows), c, tile->z, kStride<T>);
+        gate(steps, tile);
+      }
+      if (a.out.dtype == p.u.dtype)
+        scatter<S>(a.out, indexed(p, rows), c, tile->y, kStride<T>);
+      else
+        scatter<T>(a.out, indexed(p, rows), c, tile->y, kStride<T>);
     }
   }
   T* final_state = states_of<T>(a.final_state, p, s.index);
@@ -146,6 +154,7 @@ void forward(const rom_scan_forward_args& a) {
     Worker<S, kByTime> mine;
     Worker<S, kByTime>::bytes(p, (char*)a.workspace.data + worker * bytes, &mine);
     forward_chunk<S, kByTime>(a, p, sequence_of(p, task / p.chunks), chunk_of(p, task % p.chunks), mine);
+    stream_end();
   });
 }
 

@@ -67,7 +67,7 @@ using Compute = typename ComputeOf<S>::type;
 
 template <class T>
 ROM_INLINE Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // x - 0 is x for every x and folds away; 0 + x is not, for -0
 }
 
 // ------------------------------------------------------------------------------------------------ load and store
@@ -132,6 +132,27 @@ ROM_INLINE void store(float16* p, vfloat v) {
 #endif
 }
 
+// For results that are not read again soon: a whole line goes past the caches instead of being fetched to be
+// overwritten.
+template <class S, class V>
+ROM_INLINE void stream(S* p, V v) {
+  store(p, v);
+}
+#if defined(__AVX512F__)
+ROM_INLINE void stream(float* p, vfloat v) {
+  if (((uintptr_t)p & 63) == 0)
+    _mm512_stream_ps(p, (__m512)v);
+  else
+    store(p, v);
+}
+#endif
+// Streamed stores are visible to other threads after this.
+ROM_INLINE void stream_end() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes only; the others read as zero and are not written. Memory past them is never touched.
 template <class S>
 ROM_INLINE Vec<Compute<S>> load_partial(const S* p, int count) {
@@ -148,10 +169,17 @@ ROM_INLINE void store_partial(S* p, Vec<Compute<S>> v, int count) {
 }
 
 // ------------------------------------------------------------------------------------------------ arithmetic
-template <class V>
-ROM_INLINE V fma(V a, V b, V c) {
-  return a * b + c;  // contracted where the target has FMA (-ffp-contract=fast)
+// a * b + c, rounded once where the target has FMA. With operators alone the compiler may pick another product to fuse.
+ROM_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
 }
+ROM_INLINE vdouble fma(vdouble a, vdouble b, vdouble c) { return a * b + c; }
 // A NaN in `x` stays.
 template <class V>
 ROM_INLINE V at_most(V x, Scalar<V> bound) {

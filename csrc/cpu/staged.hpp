@@ -2,8 +2,8 @@
 //
 // Several independent vectors that advance together, operation by operation. A polynomial is one long dependent chain,
 // and the processor's window sees only the next ~60 operations: with one chain after the other in the instruction
-// stream it waits (the scan's prologue takes 1.5 times as long). Written on Staged values, the same formula
-// comes out interleaved. Include after simd.hpp, inside the anonymous namespace.
+// stream it waits. Written on Staged values, the same formula comes out interleaved. Include after simd.hpp, inside the
+// anonymous namespace.
 template <class V, int K>
 struct Staged {
   V v[K];
