@@ -66,39 +66,41 @@ def test_training_learns_and_leaves_everything(trained):
     assert "validation: bits per byte" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_generation(trained, capsysbinary):
-    out, _ = trained
-    arguments = ["--model", out, "--prompt", "Für ", "--max-new-tokens", 30, "--seed", 1, "--threads", 1]
-    first, second = rom("generate", *arguments), rom("generate", *arguments)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("Für ") and len(first.stdout) > len("Für ")
-    assert first.stdout == second.stdout
-    greedy = rom("generate", *arguments, "--greedy")
-    assert greedy.returncode == 0 and greedy.stdout.startswith("Für ")
+def runs(capsys, *arguments):
+    """The command in this process, which spares the imports: what it printed on both streams."""
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out, err
 
 
-def test_resume_reaches_the_same_weights(trained, text, tmp_path):
+def test_generation(trained, capsys):
+    arguments = ["generate", "--model", trained[0], "--prompt", "Für ", "--max-new-tokens", 30, "--threads", 1]
+    first, _ = runs(capsys, *arguments, "--seed", 1)
+    assert first.startswith("Für ") and len(first) > len("Für \n")
+    assert runs(capsys, *arguments, "--seed", 1)[0] == first != runs(capsys, *arguments, "--seed", 2)[0]
+    greedy, _ = runs(capsys, *arguments, "--greedy")
+    assert greedy.startswith("Für ") and runs(capsys, *arguments, "--greedy")[0] == greedy
+
+
+def test_resume_reaches_the_same_weights(trained, text, tmp_path, capsys):
     whole, _ = trained
-    arguments = ["train", "--text", text, "--out", tmp_path, "--eval-every", 10, *SHORT, "--resume"]
-    nothing_yet = rom(*arguments, "--steps", 20, "--save-every", 7)
-    assert "no checkpoint in" in nothing_yet.stdout and nothing_yet.returncode == 0, nothing_yet.stderr
-    # Back to the checkpoint before the last, as after a crash while the last one was written.
+    arguments = ["train", "--text", text, "--out", tmp_path, "--steps", 20, "--eval-every", 10, *SHORT, "--resume"]
+    out, _ = runs(capsys, *arguments, "--save-every", 7)
+    assert "no checkpoint in" in out
+    # As after a crash while the last one was written.
     content = (tmp_path / checkpoint.LAST).read_bytes()
     (tmp_path / checkpoint.LAST).write_bytes(content[:-1000])
-    resumed = rom(*arguments, "--steps", 20)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed at step 14" in resumed.stdout
-    assert (
-        "is damaged" in resumed.stderr and "Falling back to checkpoint.previous.safetensors, step 14" in resumed.stderr
-    )
+    out, err = runs(capsys, *arguments)
+    assert "resumed at step 14" in out
+    assert "is damaged" in err and "Falling back to checkpoint.previous.safetensors, step 14" in err
     a, _ = checkpoint.load(whole, pytest.fail)
     b, _ = checkpoint.load(tmp_path, pytest.fail)
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
-def test_dense_twin(text, tmp_path):
-    result = rom("train", "--text", text, "--steps", 1, "--out", tmp_path, "--dense", *SHORT)
-    assert result.returncode == 0, result.stderr
+def test_dense_twin(text, tmp_path, capsys):
+    runs(capsys, "train", "--text", text, "--steps", 1, "--out", tmp_path, "--dense", *SHORT)
     assert json.loads((tmp_path / "config.json").read_text())["num_experts"] == 1
     assert not (tmp_path / "experts.png").exists()
 
