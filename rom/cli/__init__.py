@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code is 2 when the user can put it right, with the reason on standard error."""
+    """Runs the command line; the exit code is 2, with a line on standard error, for outside causes."""
     args = build_parser().parse_args(arguments)
     try:
         return args.run(args)
@@ -48,3 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (`| head`) has enough; nothing more can be written, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except OSError as error:  # disk full, a file taken away: the machine's state, not a defect to trace
+        print(f"rom {args.command}: {error}", file=sys.stderr)
+        return USER_ERROR

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rom.cli.options import positive_float, positive_int, select_device
+from rom.cli.options import natural_int, positive_float, positive_int, select_device
 from rom.training.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:
@@ -25,13 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--greedy", action="store_true", help="always the most likely byte, instead of drawing one")
     parser.add_argument("--temperature", type=positive_float, default=0.8, help="below 1 plays safe (default 0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest only (0: all)")
+    parser.add_argument(
+        "--top-k", type=natural_int, default=0, metavar="K", help="draw among the K likeliest only (0: all)"
+    )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that sum to P")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop bytes below P × the likeliest")
     parser.add_argument(
         "--repetition-penalty", type=positive_float, default=1.0, metavar="X", help="above 1 discourages repeats"
     )
-    parser.add_argument("--seed", type=int, help="the same seed draws the same text (default: a new one each time)")
+    parser.add_argument(
+        "--seed", type=natural_int, help="the same seed draws the same text (default: a new one each time)"
+    )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
 

@@ -49,12 +49,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
         raise CheckpointError(f"cannot write {last} ({error}). The checkpoint before it is untouched.") from error
 
 
-def restore(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: Tensors,
-) -> None:
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Puts what `load` read into the model, the optimiser and the random generators.
 
     Raises:

@@ -24,7 +24,7 @@ class Reporter:
     def __init__(self, folder: Path, unit: str) -> None:
         self.path, self.unit = folder / LOG, unit
         self._bar: Any = None
-        self._last_line, self._step = -math.inf, 0
+        self._last_line = -math.inf
 
     # ------------------------------------------------------------------------------------------------ the log
     def rewind(self, step: int) -> None:
@@ -40,9 +40,8 @@ class Reporter:
             log.write(json.dumps({"event": event, **values}) + "\n")
 
     # ------------------------------------------------------------------------------------------------ the console
-    def begin(self, step: int, steps: int | None) -> None:
-        """The loop starts at `step`; `steps` is None when the clock ends it."""
-        self._step = step
+    def begin(self) -> None:
+        """The loop starts."""
         if not sys.stderr.isatty():
             return
         try:

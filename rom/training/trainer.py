@@ -100,6 +100,7 @@ class Progress:
     seconds: float = 0.0
     best: float = math.inf
     best_step: int = 0
+    latest: float = math.inf
 
 
 class Trainer:
@@ -136,6 +137,7 @@ class Trainer:
         self._started = time.monotonic()
         self._losses: list[torch.Tensor] = []  # since the last log record; read there, so a GPU is not waited for
         self._units, self._clock = 0, 0.0
+        self._gradient_norm = torch.zeros(())
 
     # ------------------------------------------------------------------------------------------------ the run
     def resume(self) -> None:
@@ -159,7 +161,7 @@ class Trainer:
         """Trains to the end, or until SIGINT or SIGTERM, after which the checkpoint is that of the last step done."""
         self._started, self._clock = time.monotonic() - self.progress.seconds, self.progress.seconds
         self.model.train()
-        self.reporter.begin(self.progress.step, self.settings.steps)
+        self.reporter.begin()
         fraction = self._fraction()
         with _Interrupts() as interrupts:
             while fraction < 1 and not interrupts.received:
@@ -239,6 +241,7 @@ class Trainer:
             figures = self.task.evaluate(self.model)
         self.model.train()
         value = figures[self.task.criterion]
+        self.progress.latest = value
         best = value < self.progress.best
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step

@@ -110,7 +110,12 @@ def test_resuming_another_run_is_refused(trained, text, capsys):
     again = ["train", "--text", text, "--steps", 20, "--out", out]
     fails(capsys, "holds a run already. Continue it with --resume", *again, *SHORT)
     fails(
-        capsys, "of another run: model, batch_size, sequence_length, lr differ", *again, "--resume", "--num-experts", 2
+        capsys,
+        "of another run: model, batch_size, sequence_length, learning_rate differ",
+        *again,
+        "--resume",
+        "--num-experts",
+        2,
     )
 
 
@@ -136,6 +141,8 @@ def test_damaged_checkpoints_are_an_error(trained, text, tmp_path, capsys):
         (b"abc" * 1000, ["--steps", "0"], "argument --steps: expected a whole number of at least 1, got '0'"),
         (b"abc" * 1000, ["--minutes", "nan"], "argument --minutes: expected a number above 0, got 'nan'"),
         (b"abc" * 1000, ["--lr", "fast"], "argument --lr: expected a number above 0, got 'fast'"),
+        (b"abc" * 1000, ["--seed", "-1"], "argument --seed: expected a whole number of at least 0, got '-1'"),
+        (b"abc" * 1000, ["--weight-decay", "-1"], "argument --weight-decay: expected a number of at least 0, got '-1'"),
         (b"abc" * 1000, ["--device", "abacus"], "device 'abacus' cannot be used here"),
     ],
 )
