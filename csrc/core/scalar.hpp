@@ -36,10 +36,11 @@ ROM_HD float widen(float x) { return x; }
 ROM_HD double widen(double x) { return x; }
 ROM_HD float widen(bfloat16 x) { return float_from_bits((uint32_t)x.bits << 16); }
 ROM_HD float widen(float16 x) {
-  // Shift exponent and mantissa into place and let one multiply by 2^112 renormalise (subnormals included).
   const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, rest = (uint32_t)(x.bits & 0x7fffu) << 13;
   if (rest >= 0x0f800000u) return float_from_bits(sign | rest | 0x7f800000u);  // inf, NaN
-  return float_from_bits(sign | float_bits(float_from_bits(rest) * 5.192296858534828e+33f));
+  if (rest >= 0x00800000u) return float_from_bits(sign | (rest + 0x38000000u));
+  // Subnormal in 16 bits, normal in 32: made from an integer, for the kernels flush subnormal floats to zero.
+  return float_from_bits(sign | float_bits((float)(x.bits & 0x03ffu) * 5.9604644775390625e-8f));  // 2^-24
 }
 
 // Round to nearest even, as torch does.

@@ -129,6 +129,10 @@ void check_flush() {
   {
     FlushSubnormals flush;
     CHECK(tiny * 0.1f == 0.0f);
+    volatile uint16_t bits = 1;  // a subnormal float16 is no subnormal float, and stays
+    CHECK(widen(float16{bits}) == 5.9604644775390625e-8f);
+    const float16 values[lanes<float>] = {{bits}};
+    CHECK(load(values)[0] == 5.9604644775390625e-8f);
   }
   CHECK(tiny * 0.1f != 0.0f);
 }
