@@ -9,19 +9,21 @@
 // [block][state][lane]: one block is contiguous, and no power-of-two stride folds them onto a few cache sets. A block
 // never spans two groups; the last one of a group may be partial, and states are padded to kStates with zeros.
 constexpr int kTile = ROM_SCAN_TILE;
-constexpr int kStates = 4;  // states held in registers at a time
-constexpr int kRows = 4;    // time steps whose softplus and SiLU advance together
+constexpr int kStates = 4;     // states held in registers at a time
+constexpr int kRows = 4;       // time steps whose softplus and SiLU advance together
+constexpr int kPartial = 192;  // channels per partial sum of dB and dC
 
 // The tensors forward and backward share, by the names of rom/scan.h.
 struct Problem {
   rom_tensor u, delta, A, B, C, D, z, delta_bias, cu_seqlens, row_index;
   bool softplus, B_by_time, C_by_time;
   int64_t batch, length, dim, state, groups, sequences;
-  int64_t states;        // padded
-  int64_t group_dim;     // channels per group
-  int64_t group_blocks;  // blocks per group
-  int64_t chunk_blocks;  // blocks per unit of work
-  int64_t group_chunks, chunks, blocks;
+  int64_t states;          // padded
+  int64_t group_dim;       // channels per group
+  int64_t group_blocks;    // blocks per group
+  int64_t partial_blocks;  // blocks per partial sum of dB and dC
+  int64_t chunk_blocks;    // blocks per unit of work, a multiple of that
+  int64_t group_partials, group_chunks, partials, chunks, blocks;
 };
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,14 +43,18 @@ Problem problem_of(const Args& a) {
   p.group_dim = p.dim / p.groups;
   p.group_blocks = divide_up(p.group_dim, lanes<T>);
   p.blocks = p.groups * p.group_blocks;
-  // About 16 units of work where that leaves at least 384 channels to each, at most 768. Narrower ones read memory in
-  // shorter pieces and sum dB and dC over lanes more often: at (1, 2048, 1536, 16) the backward pass takes 28 ms with
-  // 768 channels, 33 with 128. Never by the number of threads: results must not depend on it.
-  const int64_t units = divide_up(16, p.sequences > 0 ? p.sequences * p.groups : 1);
-  const int64_t least = 384 / lanes<T>, most = 768 / lanes<T>;
-  p.chunk_blocks = divide_up(p.group_blocks, units);
-  p.chunk_blocks = p.chunk_blocks < least ? least : p.chunk_blocks > most ? most : p.chunk_blocks;
-  p.group_chunks = divide_up(p.group_blocks, p.chunk_blocks);
+  // dB and dC are sums over channels: one partial sum per kPartial channels, whatever the number of threads, so that
+  // results do not depend on it. The unit of work does: the wider, the better it reads memory (1536 channels at once
+  // instead of 384 save 7 % at (1, 2048, 1536, 16)), so there are only as many units as keep all threads busy.
+  p.group_partials = divide_up(p.group_blocks, kPartial / lanes<T>);
+  p.partial_blocks = p.group_partials ? divide_up(p.group_blocks, p.group_partials) : 1;
+  p.group_partials = divide_up(p.group_blocks, p.partial_blocks);
+  const int64_t tasks = p.sequences * p.groups > 0 ? p.sequences * p.groups : 1, threads = a.launch.threads;
+  int64_t units = divide_up(threads, tasks);
+  if (tasks * units < 4 * threads && tasks * units % threads != 0) units *= 2;
+  p.chunk_blocks = divide_up(p.group_partials, units) * p.partial_blocks;
+  p.group_chunks = divide_up(p.group_blocks, p.chunk_blocks > 0 ? p.chunk_blocks : 1);
+  p.partials = p.groups * p.group_partials;
   p.chunks = p.groups * p.group_chunks;
   return p;
 }
@@ -74,6 +80,10 @@ struct Chunk {
 Chunk chunk_of(const Problem& p, int64_t i) {
   const int64_t group = i / p.group_chunks, first = i % p.group_chunks * p.chunk_blocks;
   return {i, group, group * p.group_blocks + first, smaller(p.chunk_blocks, p.group_blocks - first)};
+}
+// The partial sum that a block of a chunk adds to.
+[[maybe_unused]] int64_t partial_of(const Problem& p, const Chunk& chunk, int64_t block) {
+  return chunk.group * p.group_partials + (chunk.first_block - chunk.group * p.group_blocks + block) / p.partial_blocks;
 }
 // The channels of a block: [channel, channel + count), count <= lanes.
 struct Channels {
@@ -144,6 +154,18 @@ void scatter(const rom_tensor& t, const Rows& rows, Channels c, const Compute<S>
       __builtin_expect(c.count == lanes<Compute<S>>, 1) ? stream(r + c.channel, v) : put(r + c.channel, v, c.count);
     });
 }
+
+// Where the rows of a tile start, looked up once for all its blocks; the last is repeated up to a multiple of kRows.
+// Only for one row per step: with more, blocks are gathered and scattered.
+template <class S>
+struct RowStarts {
+  S* at[kTile];
+  RowStarts(const rom_tensor& t, const Rows& rows) {
+    if (!t.data || rows.k > 1) return;
+    for (int i = 0; i < divide_up(rows.steps, kRows) * kRows; ++i)
+      each_row<S>(rows, t, i < rows.steps ? i : rows.steps - 1, [&](S* r) { at[i] = r; });
+  }
+};
 
 // Touches a chunk's part of the next tile's rows line by line while this tile's blocks are computed: memory sees whole
 // rows in order, where the blocks themselves walk down columns, a page per step.

@@ -9,7 +9,7 @@
 //   carry_{t-1} = a_t g_t;   w_t = carry_{t-1} h_{t-1};   dA += w_t delta_t;   through_A_t += w_t A
 //   du_t = delta_t through_B_t + D dy_t;   ddelta_t = (through_A_t + u_t through_B_t) softplus'
 //
-// dB and dC gather in vectors per chunk, are summed over lanes once per tile and written as one partial per chunk;
+// dB and dC gather in vectors, are summed over lanes once per tile and kPartial channels, and written as one partial;
 // gradients of parameters as one partial per segment of sequences. Both are added in index order at the end.
 #include "cpu/kernel.hpp"
 #include "rom/scan.h"
@@ -44,14 +44,42 @@ struct Gather {
   int64_t step;
 };
 
-// Everything that depends on (step, channel) only.
-template <class T>
-void prepare(const Problem& p, int steps, Channels c, Step<T>* tile) {
+// The rows of a tile, looked up once for all its blocks. G: the storage type of grad_out, S or the compute type.
+template <class S, class G>
+struct TileRows {
+  Rows plain, named;  // those of z, grad_out and grad_z may be named by row_index
+  RowStarts<const S> delta, u, z;
+  RowStarts<const G> grad_out;
+  RowStarts<S> grad_u, grad_delta, grad_z;
+
+  TileRows(const rom_scan_backward_args& a, const Problem& p, const Rows& rows)
+      : plain(rows),
+        named(indexed(p, rows)),
+        delta(p.delta, plain),
+        u(p.u, plain),
+        z(p.z, named),
+        grad_out(a.grad_out, named),
+        grad_u(a.grad_u, plain),
+        grad_delta(a.grad_delta, plain),
+        grad_z(a.grad_z, named) {}
+};
+
+// Everything that depends on (step, channel) only; kDirect: from rows, else from what gather() left in the tile.
+template <class S, class G, bool kDirect>
+void prepare(const Problem& p, const TileRows<S, G>& rows, Channels c, Step<Compute<S>>* tile) {
+  using T = Compute<S>;
   using Rows4 = Staged<Vec<T>, kRows>;
+  const auto value = [&](const auto* row, const T* gathered) {
+    if constexpr (kDirect)
+      return load(row + c.channel);
+    else
+      return load(gathered);
+  };
   const Vec<T> bias = get_parameter<T>(p.delta_bias, c), D = get_parameter<T>(p.D, c);
-  for (Step<T>* at = tile; at < tile + steps; at += kRows) {
-    Rows4 delta;
-    ROM_EACH(kRows) delta.v[i] = load(at[i].delta) + bias;
+  for (int t = 0; t < rows.plain.steps; t += kRows) {
+    Step<T>* at = tile + t;
+    Rows4 delta, dy;
+    ROM_EACH(kRows) delta.v[i] = value(rows.delta.at[t + i], at[i].delta) + bias;
     if (p.softplus) {
       const SoftplusResult<Rows4> both = softplus(delta);
       delta = both.value;
@@ -60,26 +88,24 @@ void prepare(const Problem& p, int steps, Channels c, Step<T>* tile) {
       ROM_EACH(kRows) store(at[i].slope, broadcast((T)1));
     }
     ROM_EACH(kRows) {
-      const Vec<T> u = load(at[i].u);
+      const Vec<T> u = value(rows.u.at[t + i], at[i].u);
+      store(at[i].u, u);
       store(at[i].delta, delta.v[i]);
       store(at[i].delta_u, delta.v[i] * u);
       store(at[i].y, D * u);
       store(at[i].through_A, broadcast((T)0));
       store(at[i].through_B, broadcast((T)0));
+      dy.v[i] = value(rows.grad_out.at[t + i], at[i].dy);
     }
-    if (!p.z.data) continue;
-    Rows4 z, dy;
-    ROM_EACH(kRows) {
-      z.v[i] = load(at[i].gate);
-      dy.v[i] = load(at[i].dy);
+    if (p.z.data) {
+      Rows4 z;
+      ROM_EACH(kRows) z.v[i] = value(rows.z.at[t + i], at[i].gate);
+      const Rows4 sigma = sigmoid(z), silu = z * sigma;
+      const Rows4 gate = dy * (sigma + silu - silu * sigma);  // silu' = sigmoid (1 + z (1 - sigmoid))
+      dy = dy * silu;
+      ROM_EACH(kRows) store(at[i].gate, gate.v[i]);
     }
-    const Rows4 sigma = sigmoid(z), silu = z * sigma;
-    const Rows4 gate = dy * (sigma + silu - silu * sigma);  // silu' = sigmoid (1 + z (1 - sigmoid))
-    dy = dy * silu;
-    ROM_EACH(kRows) {
-      store(at[i].gate, gate.v[i]);
-      store(at[i].dy, dy.v[i]);
-    }
+    ROM_EACH(kRows) store(at[i].dy, dy.v[i]);
   }
 }
 
@@ -145,19 +171,28 @@ ROM_INLINE void sweep(int steps, const T* A, T* carry, T* grad_A, const T* B, in
   }
 }
 
-// du, ddelta, dz in the place of through_B, through_A, gate; adds to the gradients of D and delta_bias. through_A was
-// gathered with A log2(e).
-template <class T>
-void finish(const Problem& p, int steps, Channels c, Step<T>* tile, T* grad_D, T* grad_bias) {
+// du, ddelta, dz to their rows (else in the place of through_B, through_A, gate, for scatter()); adds to the gradients
+// of D and delta_bias. through_A was gathered with A log2(e).
+template <class S, class G, bool kDirect>
+void finish(const Problem& p, const TileRows<S, G>& rows, Channels c, Step<Compute<S>>* tile, Compute<S>* grad_D,
+            Compute<S>* grad_bias) {
+  using T = Compute<S>;
+  const auto write = [&](S* row, T* kept, Vec<T> v) {
+    if constexpr (kDirect)
+      stream(row + c.channel, v);
+    else
+      store(kept, v);
+  };
   const Vec<T> D = get_parameter<T>(p.D, c);
   Vec<T> dD = load(grad_D), dbias = load(grad_bias);
-  for (Step<T>* at = tile; at < tile + steps; ++at) {
+  for (int t = 0; t < rows.plain.steps; ++t) {
+    Step<T>* at = tile + t;
     const Vec<T> u = load(at->u), dy = load(at->dy), through_B = load(at->through_B);
     const Vec<T> through_A = load(at->through_A) * (T)0.693147180559945309417232;
     const Vec<T> ddelta = fma(through_B, u, through_A) * load(at->slope);
-    store(at->through_A, ddelta);
-    store(at->through_B, fma(dy, D, through_B * load(at->delta)));
-    if (p.z.data) store(at->gate, load(at->gate) * load(at->y));
+    write(rows.grad_delta.at[t], at->through_A, ddelta);
+    write(rows.grad_u.at[t], at->through_B, fma(dy, D, through_B * load(at->delta)));
+    if (p.z.data) write(rows.grad_z.at[t], at->gate, load(at->gate) * load(at->y));
     dbias += ddelta;
     dD = fma(dy, u, dD);
   }
@@ -206,7 +241,7 @@ struct Workspace {
   using T = Compute<S>;
   T *A, *carry, *B, *C, *gather_B, *gather_C;  // per thread
   T* parameters;                               // [segment][block][field][lane]
-  T *partial_B, *partial_C;                    // [chunk][slot][state / kStates][step][kStates]
+  T *partial_B, *partial_C;                    // [partial][slot][state / kStates][step][kStates]
 
   static int64_t segments(const Problem& p) { return p.sequences > 0 ? smaller(p.sequences, kMostSegments) : 1; }
   static int64_t tile_values(const Problem& p) { return kTile * p.states; }
@@ -216,7 +251,7 @@ struct Workspace {
     Scratch scratch(start);
     if (shared) {
       out.parameters = scratch.take<T>(segments(p) * p.blocks * Fields(p, kByTime).all * lanes<T>);
-      const int64_t partial = p.chunks * slots_of(p) * tile_values(p);
+      const int64_t partial = p.partials * slots_of(p) * tile_values(p);
       out.partial_B = scratch.take<T>(p.B_by_time ? partial : 0);
       out.partial_C = scratch.take<T>(p.C_by_time ? partial : 0);
     } else {
@@ -245,7 +280,7 @@ struct Workspace {
 };
 
 // ------------------------------------------------------------------------------------------------ one unit of work
-template <class S, bool kByTime>
+template <class S, class G, bool kByTime>
 void backward_chunk(const rom_scan_backward_args& a, const Problem& p, const Sequence& s, const Chunk& chunk,
                     const Workspace<S, kByTime>& w, Compute<S>* parameters) {
   using T = Compute<S>;
@@ -263,37 +298,36 @@ void backward_chunk(const rom_scan_backward_args& a, const Problem& p, const Seq
   for (int64_t tile_index = tiles - 1; tile_index >= 0; --tile_index) {
     const int64_t first = tile_index * kTile, slot = s.slot + tile_index;
     const int steps = (int)smaller(kTile, s.length - first);
-    const Rows rows = rows_of(s, first, steps);
+    const TileRows<S, G> rows(a, p, rows_of(s, first, steps));
     const T* checkpoints = (const T*)a.checkpoints.data + (slot * p.blocks + chunk.first_block) * block_values;
     const size_t gather_bytes = sizeof(T) * (size_t)(kTile * block_values);
-    if (p.B_by_time) __builtin_memset(w.gather_B, 0, gather_bytes);
-    if (p.C_by_time) __builtin_memset(w.gather_C, 0, gather_bytes);
     Ahead ahead[kAhead];
     if (tile_index > 0) {
       const Rows next = rows_of(s, first - kTile, kTile);
       const int64_t channel = channels_of<T>(p, chunk.first_block).channel, channels = chunk.blocks * W;
       ahead[0].template start<S>(p.u, next, channel, channels);
       ahead[1].template start<S>(p.delta, next, channel, channels);
-      if (a.grad_out.dtype == p.u.dtype)
-        ahead[2].template start<S>(a.grad_out, indexed(p, next), channel, channels);
-      else
-        ahead[2].template start<T>(a.grad_out, indexed(p, next), channel, channels);
+      ahead[2].template start<G>(a.grad_out, indexed(p, next), channel, channels);
       ahead[3].template start<S>(p.z, indexed(p, next), channel, channels);
     }
     B.start_tile(s, first, steps, chunk.group), C.start_tile(s, first, steps, chunk.group);
     for (int64_t i = 0; i < chunk.blocks; ++i) {
+      if (i % p.partial_blocks == 0) {
+        if (p.B_by_time) __builtin_memset(w.gather_B, 0, gather_bytes);
+        if (p.C_by_time) __builtin_memset(w.gather_C, 0, gather_bytes);
+      }
       const Channels c = channels_of<T>(p, chunk.first_block + i);
       T* mine = parameters + i * fields.all * W;
       Step<T> tile[kTile];
       Moment<T> moments[kTile + 1];
-      gather<S>(p.delta, rows, c, tile->delta, kStride<T>);
-      gather<S>(p.u, rows, c, tile->u, kStride<T>);
-      if (p.z.data) gather<S>(p.z, indexed(p, rows), c, tile->gate, kStride<T>);
-      if (a.grad_out.dtype == p.u.dtype)
-        gather<S>(a.grad_out, indexed(p, rows), c, tile->dy, kStride<T>);
-      else
-        gather<T>(a.grad_out, indexed(p, rows), c, tile->dy, kStride<T>);
-      prepare(p, steps, c, tile);
+      const bool direct = c.count == W && rows.named.k == 1;
+      if (!direct) {
+        gather<S>(p.delta, rows.plain, c, tile->delta, kStride<T>);
+        gather<S>(p.u, rows.plain, c, tile->u, kStride<T>);
+        if (p.z.data) gather<S>(p.z, rows.named, c, tile->gate, kStride<T>);
+        gather<G>(a.grad_out, rows.named, c, tile->dy, kStride<T>);
+      }
+      direct ? prepare<S, G, true>(p, rows, c, tile) : prepare<S, G, false>(p, rows, c, tile);
       const Coefficients<T> B_i = B.of_block(i), C_i = C.of_block(i);
       for (int64_t n0 = 0; n0 < p.states; n0 += kStates) {
         const T *A_n = w.A + i * block_values + n0 * W, *B_n = B_i.values + n0 * kWidth,
@@ -307,14 +341,21 @@ void backward_chunk(const rom_scan_backward_args& a, const Problem& p, const Seq
         sweep<kByTime>(steps, A_n, w.carry + i * block_values + n0 * W, mine + n0 * W, B_n, B_i.step, C_n, C_i.step,
                        gather_B, gather_C, tile, moments);
       }
-      finish(p, steps, c, tile, mine + fields.D * W, mine + fields.bias * W);
-      scatter<S>(a.grad_u, rows, c, tile->through_B, kStride<T>);
-      scatter<S>(a.grad_delta, rows, c, tile->through_A, kStride<T>);
-      if (p.z.data) scatter<S>(a.grad_z, indexed(p, rows), c, tile->gate, kStride<T>);
+      T *grad_D = mine + fields.D * W, *grad_bias = mine + fields.bias * W;
+      direct ? finish<S, G, true>(p, rows, c, tile, grad_D, grad_bias)
+             : finish<S, G, false>(p, rows, c, tile, grad_D, grad_bias);
+      if (!direct) {
+        scatter<S>(a.grad_u, rows.plain, c, tile->through_B, kStride<T>);
+        scatter<S>(a.grad_delta, rows.plain, c, tile->through_A, kStride<T>);
+        if (p.z.data) scatter<S>(a.grad_z, rows.named, c, tile->gate, kStride<T>);
+      }
+      if ((i + 1) % p.partial_blocks == 0 || i + 1 == chunk.blocks) {
+        const int64_t values = w.tile_values(p), partial = partial_of(p, chunk, i);
+        const int64_t at = (partial * slots_of(p) + slot) * values;
+        if (p.B_by_time) sum_lanes(w.gather_B, values, w.partial_B + at);
+        if (p.C_by_time) sum_lanes(w.gather_C, values, w.partial_C + at);
+      }
     }
-    const int64_t values = w.tile_values(p), at = (chunk.index * slots_of(p) + slot) * values;
-    if (p.B_by_time) sum_lanes(w.gather_B, values, w.partial_B + at);
-    if (p.C_by_time) sum_lanes(w.gather_C, values, w.partial_C + at);
   }
   if (T* grad_initial = states_of<T>(a.grad_initial_state, p, s.index))
     for (int64_t i = 0; i < chunk.blocks; ++i)
@@ -329,19 +370,19 @@ void add_rows(T* rows, int64_t many, int64_t stride, int64_t count) {
     for (int64_t i = 0; i < count; ++i) rows[i] += rows[k * stride + i];
 }
 
-// grad_B or grad_C of one tile: the chunks of a group (of all groups, where they share one B) added up.
+// grad_B or grad_C of one tile: the partials of a group (of all groups, where they share one B) added up.
 template <class S>
 void reduce_tile(const Problem& p, Compute<S>* partial, const rom_tensor& grad, const Sequence& s, int64_t slot) {
   using T = Compute<S>;
   const int64_t first = (slot - s.slot) * kTile, values = kTile * p.states, groups = grad.size[2];
-  const int64_t chunks = groups == 1 ? p.chunks : p.group_chunks, stride = slots_of(p) * values;
+  const int64_t partials = groups == 1 ? p.partials : p.group_partials, stride = slots_of(p) * values;
   for (int64_t group = 0; group < groups; ++group) {
-    T* total = partial + group * chunks * stride + slot * values;
-    add_rows(total, chunks, stride, values);  // none with dim 0: the gradient is zero
+    T* total = partial + group * partials * stride + slot * values;
+    add_rows(total, partials, stride, values);  // none with dim 0: the gradient is zero
     for (int64_t t = 0; t < smaller(kTile, s.length - first); ++t) {
       S* out = row<S>(grad, s.batch, s.begin + first + t) + group * grad.stride[2];
       for (int64_t n = 0; n < p.state; ++n)
-        out[n] = narrow<S>(chunks ? total[(n / kStates * kTile + t) * kStates + n % kStates] : (T)0);
+        out[n] = narrow<S>(partials ? total[(n / kStates * kTile + t) * kStates + n % kStates] : (T)0);
     }
   }
 }
@@ -380,7 +421,8 @@ void backward(const rom_scan_backward_args& a) {
       to_block(p, (const T*)p.A.data, chunk.first_block + i, (T)1.44269504088896340736,
                mine.A + i * p.states * lanes<T>);
     for (int64_t i = segment * p.sequences / segments; i < (segment + 1) * p.sequences / segments; ++i)
-      backward_chunk<S, kByTime>(a, p, sequence_of(p, i), chunk, mine, parameters);
+      a.grad_out.dtype == p.u.dtype ? backward_chunk<S, S, kByTime>(a, p, sequence_of(p, i), chunk, mine, parameters)
+                                    : backward_chunk<S, T, kByTime>(a, p, sequence_of(p, i), chunk, mine, parameters);
     stream_end();
   });
   const Space shared(p, workspace, -1);

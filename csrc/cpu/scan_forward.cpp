@@ -23,15 +23,20 @@ constexpr int kStride = sizeof(Step<T>) / sizeof(T);
 
 constexpr int kAhead = 3;  // u, delta, z
 
-template <class T>
-void prepare(const Problem& p, int steps, Channels c, Step<T>* tile) {
+template <class S, bool kFull>
+void prepare(const Problem& p, int steps, Channels c, const RowStarts<const S>& delta_rows,
+             const RowStarts<const S>& u_rows, Step<Compute<S>>* tile) {
+  using T = Compute<S>;
   const Vec<T> bias = get_parameter<T>(p.delta_bias, c), D = get_parameter<T>(p.D, c);
+  const auto value = [&](const S* row) {
+    return kFull ? load(row + c.channel) : load_partial(row + c.channel, c.count);
+  };
   for (int t = 0; t < steps; t += kRows) {
     Staged<Vec<T>, kRows> delta;
-    ROM_EACH(kRows) delta.v[i] = load(tile[t + i].delta) + bias;
+    ROM_EACH(kRows) delta.v[i] = value(delta_rows.at[t + i]) + bias;
     if (p.softplus) delta = softplus(delta).value;
     ROM_EACH(kRows) {
-      const Vec<T> u = load(tile[t + i].delta_u);
+      const Vec<T> u = value(u_rows.at[t + i]);
       store(tile[t + i].delta, delta.v[i]);
       store(tile[t + i].delta_u, delta.v[i] * u);
       store(tile[t + i].y, D * u);
@@ -66,17 +71,34 @@ void advance(int64_t states, int steps, const T* A, T* h_block, Coefficients<T> 
   }
 }
 
-template <class T>
-void gate(int steps, Step<T>* tile) {
+// out = y SiLU(z), from row to row.
+template <class S, class O>
+void gate(const Problem& p, int steps, Channels c, const Step<Compute<S>>* tile, const RowStarts<const S>& z_rows,
+          const RowStarts<O>& out_rows) {
+  using T = Compute<S>;
   for (int t = 0; t < steps; t += kRows) {
     Staged<Vec<T>, kRows> y, z;
-    ROM_EACH(kRows) {
-      y.v[i] = load(tile[t + i].y);
-      z.v[i] = load(tile[t + i].z);
+    // The tail writes the last row again, with its own value.
+    ROM_EACH(kRows) y.v[i] = load(tile[t + i < steps ? t + i : steps - 1].y);
+    if (p.z.data) {
+      ROM_EACH(kRows) z.v[i] = load(z_rows.at[t + i] + c.channel);
+      y = y * (z * sigmoid(z));
     }
-    y = y * (z * sigmoid(z));
-    ROM_EACH(kRows) store(tile[t + i].y, y.v[i]);
+    ROM_EACH(kRows) stream(out_rows.at[t + i] + c.channel, y.v[i]);
   }
+}
+// The same where a step has several rows, or a block is not full.
+template <class S, class O>
+void gate_gathered(const Problem& p, const rom_tensor& out, const Rows& rows, Channels c, Step<Compute<S>>* tile) {
+  using T = Compute<S>;
+  if (p.z.data) {
+    gather<S>(p.z, rows, c, tile->z, kStride<T>);
+    for (int t = 0; t < rows.steps; ++t) {
+      const Vec<T> z = load(tile[t].z);
+      store(tile[t].y, load(tile[t].y) * (z * sigmoid(z)));
+    }
+  }
+  scatter<O>(out, rows, c, tile->y, kStride<T>);
 }
 
 template <class S, bool kByTime>
@@ -96,7 +118,8 @@ struct Worker {
   }
 };
 
-template <class S, bool kByTime>
+// O: the storage type of out, S or the compute type.
+template <class S, class O, bool kByTime>
 void forward_chunk(const rom_scan_forward_args& a, const Problem& p, const Sequence& s, const Chunk& chunk,
                    Worker<S, kByTime> mine) {
   using T = Compute<S>;
@@ -122,22 +145,19 @@ void forward_chunk(const rom_scan_forward_args& a, const Problem& p, const Seque
     ahead[1].template start<S>(p.delta, next, channel, channels);
     if (next.steps > 0) ahead[2].template start<S>(p.z, indexed(p, next), channel, channels);
     B.start_tile(s, first, steps, chunk.group), C.start_tile(s, first, steps, chunk.group);
+    const RowStarts<const S> delta_rows(p.delta, rows), u_rows(p.u, rows), z_rows(p.z, indexed(p, rows));
+    const RowStarts<O> out_rows(a.out, indexed(p, rows));
+    const bool one_row = indexed(p, rows).k == 1;
     for (int64_t i = 0; i < chunk.blocks; ++i) {
       const Channels c = channels_of<T>(p, chunk.first_block + i);
+      const bool full = c.count == lanes<T>;
       Step<T> tile[kTile];
-      gather<S>(p.delta, rows, c, tile->delta, kStride<T>);
-      gather<S>(p.u, rows, c, tile->delta_u, kStride<T>);
-      prepare(p, steps, c, tile);
+      full ? prepare<S, true>(p, steps, c, delta_rows, u_rows, tile)
+           : prepare<S, false>(p, steps, c, delta_rows, u_rows, tile);
       advance<kByTime>(p.states, steps, mine.A + i * block_values, mine.h + i * block_values, B.of_block(i),
                        C.of_block(i), tile, ahead);
-      if (p.z.data) {
-        gather<S>(p.z, indexed(p, rows), c, tile->z, kStride<T>);
-        gate(steps, tile);
-      }
-      if (a.out.dtype == p.u.dtype)
-        scatter<S>(a.out, indexed(p, rows), c, tile->y, kStride<T>);
-      else
-        scatter<T>(a.out, indexed(p, rows), c, tile->y, kStride<T>);
+      full&& one_row ? gate(p, steps, c, tile, z_rows, out_rows)
+                     : gate_gathered<S, O>(p, a.out, indexed(p, rows), c, tile);
     }
   }
   T* final_state = states_of<T>(a.final_state, p, s.index);
@@ -147,13 +167,17 @@ void forward_chunk(const rom_scan_forward_args& a, const Problem& p, const Seque
 
 template <class S, bool kByTime>
 void forward(const rom_scan_forward_args& a) {
+  using T = Compute<S>;
   const Problem p = problem_of<Compute<S>>(a);
   const int64_t bytes = Worker<S, kByTime>::bytes(p, nullptr, nullptr);
   parallel_for(p.sequences * p.chunks, a.launch.threads, [&](int64_t task, int64_t worker) {
     FlushSubnormals flush;
     Worker<S, kByTime> mine;
     Worker<S, kByTime>::bytes(p, (char*)a.workspace.data + worker * bytes, &mine);
-    forward_chunk<S, kByTime>(a, p, sequence_of(p, task / p.chunks), chunk_of(p, task % p.chunks), mine);
+    const Sequence sequence = sequence_of(p, task / p.chunks);
+    const Chunk chunk = chunk_of(p, task % p.chunks);
+    a.out.dtype == p.u.dtype ? forward_chunk<S, S, kByTime>(a, p, sequence, chunk, mine)
+                             : forward_chunk<S, T, kByTime>(a, p, sequence, chunk, mine);
     stream_end();
   });
 }

@@ -167,6 +167,14 @@ ROM_INLINE void store_partial(S* p, Vec<Compute<S>> v, int count) {
   store(buffer, v);
   __builtin_memcpy(p, buffer, (size_t)count * sizeof(S));
 }
+#if defined(__AVX512F__)
+ROM_INLINE vfloat load_partial(const float* p, int count) {
+  return (vfloat)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+}
+ROM_INLINE void store_partial(float* p, vfloat v, int count) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+#endif
 
 // ------------------------------------------------------------------------------------------------ arithmetic
 // a * b + c, rounded once where the target has FMA. With operators alone the compiler may pick another product to fuse.
@@ -189,6 +197,23 @@ template <class V>
 ROM_INLINE V at_least(V x, Scalar<V> bound) {
   return x < bound ? V{} + bound : x;
 }
+#if defined(__AVX2__)
+// One instruction instead of compare and blend; of two operands these return the second where either is a NaN.
+ROM_INLINE vfloat at_most(vfloat x, float bound) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+#else
+  return (vfloat)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+#endif
+}
+ROM_INLINE vfloat at_least(vfloat x, float bound) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#else
+  return (vfloat)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+#endif
+}
+#endif
 
 // Lane sum in a fixed order: halves are added until one is left.
 template <class T>
