@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="sequences per step (default 8)")
     run.add_argument("--sequence-length", type=positive_int, default=512, metavar="N", help="bytes each (default 512)")
     run.add_argument("--lr", type=positive_float, default=3e-3, help="peak learning rate (default 3e-3)")
-    run.add_argument("--weight-decay", type=non_negative_float, default=0.1, help="of matrices (default 0.1)")
+    run.add_argument(
+        "--weight-decay",
+        type=non_negative_float,
+        default=0.1,
+        help="of matrices (default 0.1; about 1 holds overfitting of a small text back)",
+    )
     run.add_argument("--seed", type=natural_int, default=0, help="of weights and batches (default 0)")
     run.add_argument("--eval-every", type=positive_int, metavar="N", help="steps (default: ten times in the run)")
     run.add_argument("--save-every", type=positive_int, metavar="N", help="steps between further checkpoints")
