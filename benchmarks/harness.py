@@ -20,6 +20,8 @@ import torch
 from machine import Peak, header, load_average, measure_peak
 from timing import Clock, take_turns
 
+from rom import memory
+
 Tensors = tuple[torch.Tensor, ...]
 # Far above any rounding of a correct kernel, far below the effect of a wrong formula.
 WRONG = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -158,7 +160,8 @@ class Benchmark:
     def __init__(self, name: str, options: argparse.Namespace, peak: Peak | None = None) -> None:
         self.name, self.options, self.rows = name, options, []  # type: str, argparse.Namespace, list[Row]
         self.started = time.perf_counter()
-        self.header = header(options.device)
+        kept = memory.keep_freed()  # before anything is measured: page faults are the system's work, not the kernels'
+        self.header = {**header(options.device), "freed memory": "kept" if kept else "given back"}
         self.peak = peak or measure_peak(options.device)
         self._say("  ".join(f"{key} {value}" for key, value in self.header.items()))
         self._say(self.peak.describe(options.device))

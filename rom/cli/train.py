@@ -87,10 +87,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.steps and not args.minutes:
         args.minutes = DEFAULT_MINUTES
 
-    import torch  # noqa: PLC0415 - this and the next are slow, and help and wrong arguments need not wait
+    import torch  # noqa: PLC0415 - these are slow, and help and wrong arguments need not wait
 
+    from rom import memory  # noqa: PLC0415
     from rom.training import text_run  # noqa: PLC0415
 
+    memory.keep_freed()
     if args.threads:
         torch.set_num_threads(args.threads)
     experts = {"num_experts": args.num_experts, "top_k": args.top_k}
