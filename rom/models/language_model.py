@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rom import ops
+from rom.files import replacing
 from rom.models import checkpoint_layouts, generation
 from rom.models.cache import RoutingMambaCache
 from rom.models.config import RoutingMambaConfig
@@ -282,9 +281,9 @@ class RoutingMambaLM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         safetensors = checkpoint_layouts.safetensors_torch()
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        with _replacing(folder / "model.safetensors") as file:
+        with replacing(folder / "model.safetensors") as file:
             safetensors.save_file(tensors, file, metadata={"format": "pt"})
-        with _replacing(folder / "config.json") as file:
+        with replacing(folder / "config.json") as file:
             file.write_text(self.config.to_json(), encoding="utf-8")
 
     @classmethod
@@ -370,16 +369,3 @@ def _check_state(model: nn.Module, state: dict[str, torch.Tensor], folder: Path)
     if problems or wrong:
         what = "; ".join([*([problems] if problems else []), *wrong])
         raise ValueError(f"{folder}: model.safetensors does not fit config.json: {what}.")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write in place of `path`: a reader, or a crash halfway, sees the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -19,13 +19,6 @@ def refuse_gradients(op: str, remedy: str, **tensors: torch.Tensor | None) -> No
         )
 
 
-def autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """An activation in autocast's dtype, if autocast is on; float64 stays, as under torch's own autocast."""
-    dtype = _op.autocast_dtype(tensor.device.type)
-    keep = dtype is None or tensor.dtype == torch.float64 or not tensor.is_floating_point()
-    return tensor if keep else tensor.to(dtype)
-
-
 def check_slots(op: str, state: torch.Tensor, name: str, batch: int, state_indices: torch.Tensor | None) -> None:
     """`state_indices` must be int32 (batch); without it, sequence b of the batch owns slot b."""
     if state_indices is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from rom import native
 
 #: Every operator is `torch.ops.rom.<name>`. FRAGMENT, so that a reload does not fail.
 LIBRARY = torch.library.Library("rom", "FRAGMENT")
+Value = TypeVar("Value")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -77,6 +78,17 @@ def check_same_dtype(op: str, first: str, **tensors: torch.Tensor | None) -> Non
                 f"rom.ops.{op}: expected {name} of dtype {lead.dtype} like {first}, got {tensor.dtype}. "
                 f"Convert it with {name}.to({first}.dtype)."
             )
+
+
+def autocast(tensor: Value) -> Value:
+    """An activation in autocast's dtype, if autocast is on; float64 and complex stay, as under torch's own autocast.
+
+    None, and what is no tensor, passes through for the checks to name.
+    """
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    dtype = autocast_dtype(tensor.device.type)
+    return tensor if dtype is None else tensor.to(dtype)  # type: ignore[return-value]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rom import dispatch, native
-from rom.ops import _decode, _op
+from rom.ops import _op
 from rom.reference import conv as reference
 
 OP = "causal_conv1d"
@@ -65,8 +65,7 @@ def causal_conv1d(
     >>> rom.ops.causal_conv1d(x, weight=torch.tensor([[10.0, 1.0]])).flatten()
     tensor([ 1., 12., 23.])
     """
-    if isinstance(x, torch.Tensor):
-        x = _decode.autocast(x)
+    x = _op.autocast(x)
     _validate(x, weight, bias, activation, initial_state, cu_seqlens, row_index)
     width = weight.shape[1]
     refusals = () if width in WIDTHS else tuple((b, f"width {width} is not one of {WIDTHS}") for b in ("cuda", "cpu"))

@@ -46,8 +46,7 @@ def causal_conv1d_update(
     >>> [rom.ops.causal_conv1d_update(torch.tensor([[x]]), state, weight).item() for x in (1.0, 2.0, 3.0)]
     [1.0, 12.0, 23.0]
     """
-    if isinstance(x, torch.Tensor):
-        x = _decode.autocast(x)
+    x = _op.autocast(x)
     _validate(x, conv_state, weight, bias, activation, state_indices)
     tensors = {"x": x, "conv_state": conv_state, "weight": weight, "bias": bias}
     _decode.refuse_gradients(OP, "causal_conv1d with initial_state", **tensors)

@@ -61,7 +61,7 @@ def routed_linear(
     tensor([[2.],
             [3.]])
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = _op.autocast(x), _op.autocast(weight), _op.autocast(bias)
     _validate(x, weight, routing, bias, rows_in, rows_out)
     if weight.shape[0] == 1:  # one expert: both orders are the same, and this is nn.Linear
         return _single(x, weight[0], None if bias is None else bias[0], routing.weights if weighted else None)
@@ -78,19 +78,6 @@ def _single(
 ) -> torch.Tensor:
     out = F.linear(x, weight, bias)
     return out if weights is None else (out * weights.to(_op.compute_dtype(x.dtype))).to(x.dtype)
-
-
-def _autocast(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    if not isinstance(x, torch.Tensor) or (dtype := _op.autocast_dtype(x.device.type)) is None:
-        return x, weight, bias
-
-    def cast(t: torch.Tensor) -> torch.Tensor:
-        eligible = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if eligible else t
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
 def _validate(

@@ -79,9 +79,8 @@ def selective_scan(
     parameters = {"A": A, "D": D, "delta_bias": delta_bias, "initial_state": initial_state}
     indices = {"cu_seqlens": cu_seqlens, "row_index": row_index}
     _op.check_tensors(OP, "u", u=u, delta=delta, B=B, C=C, z=z, **parameters, **indices)
-    u, delta = _autocast(u), _autocast(delta)
-    B, C = (x if x.dim() == 2 else _autocast(x) for x in (B, C))  # constant over time: parameters
-    z = None if z is None else _autocast(z)
+    u, delta, z = _op.autocast(u), _op.autocast(delta), _op.autocast(z)
+    B, C = (x if x.dim() == 2 else _op.autocast(x) for x in (B, C))  # constant over time: parameters
     _validate(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, out_dtype, row_index)
     backend = dispatch.choose(OP, u.device.type, _refusals(A, B, C))
     if backend == "reference":  # under torch.compile, too: the loop over time is unrolled into the graph
@@ -133,12 +132,6 @@ def _refusals(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[tuple[
     elif A.shape[1] > MAX_STATE:
         reason = f"{A.shape[1]} states per channel, more than {MAX_STATE}"
     return tuple((backend, reason) for backend in ("cuda", "triton", "cpu") if reason)
-
-
-def _autocast(x: torch.Tensor) -> torch.Tensor:
-    """An activation in autocast's dtype; float64 and complex tensors stay."""
-    dtype = _op.autocast_dtype(x.device.type)
-    return x if dtype is None or x.dtype == torch.float64 or x.is_complex() else x.to(dtype)
 
 
 def _validate(

@@ -63,9 +63,8 @@ def selective_state_update(
     [1.0, 1.3679, 1.5032]
     """
     if isinstance(u, torch.Tensor) and _op.autocast_dtype(u.device.type) is not None:
-        u, delta = _decode.autocast(u), _decode.autocast(delta)
-        z = None if z is None else _decode.autocast(z)
-        B, C = (t if _constant(t, u) else _decode.autocast(t) for t in (B, C))
+        u, delta, z = _op.autocast(u), _op.autocast(delta), _op.autocast(z)
+        B, C = (t if _constant(t, u) else _op.autocast(t) for t in (B, C))
     _validate(state, u, delta, A, B, C, D, z, delta_bias, state_indices)
     tensors = {"state": state, "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     _decode.refuse_gradients(OP, "selective_scan with initial_state", **tensors)

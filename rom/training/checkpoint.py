@@ -8,7 +8,6 @@ dictionary (step, best result so far, settings), with a checksum over all of it.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from rom import files
 from rom.training.errors import CheckpointError
 
 LAST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
@@ -36,16 +36,11 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in _named_state(model, optimizer).items()}
     text = json.dumps(state)
-    last, partial = folder / LAST, folder / f"{LAST}.partial"
+    last = folder / LAST
     try:
-        save_file(tensors, partial, {"state": text, "checksum": _checksum(tensors, text)})
-        _flush(partial)
-        if last.exists():
-            os.replace(last, folder / PREVIOUS)
-        os.replace(partial, last)
-        _flush(folder)
+        with files.replacing(last, previous=folder / PREVIOUS) as partial:
+            save_file(tensors, partial, {"state": text, "checksum": _checksum(tensors, text)})
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {last} ({error}). The checkpoint before it is untouched.") from error
 
 
@@ -137,12 +132,3 @@ def _checksum(tensors: Tensors, text: str) -> str:
         content = tensors[name].cpu().reshape(-1).view(torch.uint8).numpy()
         value = zlib.crc32(content.data, zlib.crc32(name.encode(), value))
     return f"{value:08x}"
-
-
-def _flush(path: Path) -> None:
-    """Returns when the file (or the folder's list of names) is on the disk, not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from rom import files
 
 LOG, LOSS_PLOT, LOAD_PLOT = "log.jsonl", "loss.png", "experts.png"
 LINE_SECONDS = 5.0  # between plain progress lines
@@ -30,9 +31,8 @@ class Reporter:
     def rewind(self, step: int) -> None:
         """Drops the records after `step`: a resumed run writes them again."""
         kept = [record for record in read_log(self.path) if record["step"] <= step] if self.path.exists() else []
-        aside = self.path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        with files.replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
     def record(self, event: str, **values: Any) -> None:
         """Appends one line to the log."""
