@@ -7,43 +7,11 @@
 constexpr int64_t kChannels = 512;  // a task's channel block: 2 KB of a row, its buffers stay in L1
 constexpr int64_t kStep = 4;        // rows per inner step: their taps overlap, so 4 outputs cost 7 loads instead of 16
 
-// A whole vector or the tail of a row, told apart at compile time.
-struct Full {};
-struct Tail {
-  int count;
-};
-template <class S>
-ROM_INLINE Vec<Compute<S>> get(const S* p, Full) {
-  return load(p);
-}
-template <class S>
-ROM_INLINE Vec<Compute<S>> get(const S* p, Tail tail) {
-  return load_partial(p, tail.count);
-}
-template <class S>
-ROM_INLINE void put(S* p, Vec<Compute<S>> v, Full) {
-  store(p, v);
-}
-template <class S>
-ROM_INLINE void put(S* p, Vec<Compute<S>> v, Tail tail) {
-  store_partial(p, v, tail.count);
-}
-// f(c, Full or Tail) over the vectors of [begin, end).
-template <class T, class F>
-ROM_INLINE void each_vector(int64_t begin, int64_t end, F f) {
-  int64_t c = begin;
-  for (; c + lanes<T> <= end; c += lanes<T>) f(c, Full{});
-  if (c < end) f(c, Tail{(int)(end - c)});
-}
-
 // Channels c... of one position i of a state (sequences, dim, width).
 template <class T>
 ROM_INLINE T* column(const rom_tensor& state, int64_t sequence, int64_t c, int64_t i) {
   return (T*)state.data + (sequence * state.size[1] + c) * state.size[2] + i;
 }
-ROM_INLINE int count_of(Full, int whole) { return whole; }
-ROM_INLINE int count_of(Tail tail, int) { return tail.count; }
-
 template <class T, class Part>
 ROM_INLINE Vec<T> get_column(const rom_tensor& state, int64_t sequence, int64_t c, int64_t i, Part part) {
   T values[lanes<T>] = {};

@@ -384,3 +384,34 @@ ROM_INLINE bool with_storage_type(int dtype, F f) {
     default: return false;
   }
 }
+
+// A whole vector or the tail of a row, told apart at compile time: the loads and stores of whole vectors stay plain.
+struct Full {};
+struct Tail {
+  int count;
+};
+template <class S>
+ROM_INLINE Vec<Compute<S>> get(const S* p, Full) {
+  return load(p);
+}
+template <class S>
+ROM_INLINE Vec<Compute<S>> get(const S* p, Tail tail) {
+  return load_partial(p, tail.count);
+}
+template <class S>
+ROM_INLINE void put(S* p, Vec<Compute<S>> v, Full) {
+  store(p, v);
+}
+template <class S>
+ROM_INLINE void put(S* p, Vec<Compute<S>> v, Tail tail) {
+  store_partial(p, v, tail.count);
+}
+ROM_INLINE int count_of(Full, int whole) { return whole; }
+ROM_INLINE int count_of(Tail tail, int) { return tail.count; }
+// f(c, Full or Tail) over the vectors of [begin, end).
+template <class T, class F>
+ROM_INLINE void each_vector(int64_t begin, int64_t end, F f) {
+  int64_t c = begin;
+  for (; c + lanes<T> <= end; c += lanes<T>) f(c, Full{});
+  if (c < end) f(c, Tail{(int)(end - c)});
+}

@@ -10,27 +10,6 @@ namespace {
 
 constexpr int64_t kChannels = 128;  // per task: a multiple of every vector's lanes
 
-struct Full {};
-struct Tail {
-  int count;
-};
-template <class S>
-ROM_INLINE Vec<Compute<S>> get(const S* p, Full) {
-  return load(p);
-}
-template <class S>
-ROM_INLINE Vec<Compute<S>> get(const S* p, Tail tail) {
-  return load_partial(p, tail.count);
-}
-template <class S>
-ROM_INLINE void put(S* p, Vec<Compute<S>> v, Full) {
-  store(p, v);
-}
-template <class S>
-ROM_INLINE void put(S* p, Vec<Compute<S>> v, Tail tail) {
-  store_partial(p, v, tail.count);
-}
-
 // One channel, one step: returns sum_n C state.
 template <class T>
 ROM_INLINE T one_channel(T* state, const T* A, const T* B, const T* C, int64_t states, T delta, T u) {
@@ -41,9 +20,7 @@ ROM_INLINE T one_channel(T* state, const T* A, const T* B, const T* C, int64_t s
     put(state + n, h, part);
     y = fma(h, get(C + n, part), y);
   };
-  int64_t n = 0;
-  for (; n + lanes<T> <= states; n += lanes<T>) block(n, Full{});
-  if (n < states) block(n, Tail{(int)(states - n)});
+  each_vector<T>(0, states, block);
   return sum<T>(y);
 }
 
@@ -54,8 +31,7 @@ const X* at(const rom_tensor& t, int64_t b, int64_t step) {
 
 // Channels c ... c + count - 1 (one vector) of one step.
 template <class X, class Part>
-ROM_INLINE void channels(const rom_state_update_args& a, int64_t b, int64_t slot, int64_t step, int64_t c, int count,
-                         Part part) {
+ROM_INLINE void channels(const rom_state_update_args& a, int64_t b, int64_t slot, int64_t step, int64_t c, Part part) {
   using T = Compute<X>;
   const int64_t states = a.A.size[1];
   Vec<T> delta = get(at<X>(a.delta, b, step) + c, part);
@@ -66,7 +42,7 @@ ROM_INLINE void channels(const rom_state_update_args& a, int64_t b, int64_t slot
   const T *A = (const T*)a.A.data + c * states, *B = at<T>(a.B, b, step), *C = at<T>(a.C, b, step);
   const int64_t per_B = a.u.size[2] / a.B.size[2], per_C = a.u.size[2] / a.C.size[2];
   T sums[lanes<T>] = {};
-  for (int i = 0; i < count; ++i)
+  for (int i = 0; i < count_of(part, lanes<T>); ++i)
     sums[i] = one_channel<T>(state + i * a.state.stride[1], A + i * states, B + (c + i) / per_B * a.B.stride[2],
                              C + (c + i) / per_C * a.C.stride[2], states, delta[i], u[i]);
   Vec<T> y = load(sums);
@@ -94,9 +70,7 @@ void update(const rom_state_update_args& a) {
         __builtin_memset((X*)at<X>(a.out, b, step) + begin, 0, (size_t)(end - begin) * sizeof(X));
         continue;
       }
-      int64_t c = begin;
-      for (; c + lanes<T> <= end; c += lanes<T>) channels<X>(a, b, slot, step, c, lanes<T>, Full{});
-      if (c < end) channels<X>(a, b, slot, step, c, (int)(end - c), Tail{(int)(end - c)});
+      each_vector<T>(begin, end, [&](int64_t c, auto part) { channels<X>(a, b, slot, step, c, part); });
     }
   });
 }
