@@ -27,7 +27,8 @@ class RoutingMambaConfig:
         vocab_size: tokens of the tokenizer.
         d_model, n_layer: width and depth.
         d_state, d_conv, expand, dt_rank, conv_bias, bias: of every block, as in `rom.RoutingMambaBlock`.
-        num_experts, top_k, experts_on, normalize, routed_scale: the routing, as in `rom.RoutingMambaBlock`.
+        num_experts, top_k, experts_on, normalize, routed_scale, router_jitter: the routing, as in
+            `rom.RoutingMambaBlock`.
         residual_in_fp32: keep the residual stream in float32 when the blocks run in bfloat16 or float16.
         tie_embeddings: the output layer uses the embedding's weight.
         pad_vocab_size_multiple: the embedding's rows are rounded up to a multiple of this; logits never show them.
@@ -60,6 +61,7 @@ class RoutingMambaConfig:
     experts_on: tuple[str, ...] = EXPERT_PROJECTIONS
     normalize: bool = False
     routed_scale: float = 1.0
+    router_jitter: float = 0.0
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 1
@@ -96,7 +98,7 @@ class RoutingMambaConfig:
     def block_arguments(self) -> dict[str, Any]:
         """The keyword arguments of each layer's `rom.RoutingMambaBlock`."""
         names = ("d_model", "d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias")
-        routing = ("num_experts", "top_k", "experts_on", "normalize", "routed_scale")
+        routing = ("num_experts", "top_k", "experts_on", "normalize", "routed_scale", "router_jitter")
         return {name: getattr(self, name) for name in names + routing}
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class RoutingMambaBlock(nn.Module):
         experts_on: which projections have experts, any subset of ("in", "gate", "out").
         normalize: renormalise the K chosen weights to sum 1.
         routed_scale: multiplies the routing weights.
+        router_jitter: in training mode the router's input is multiplied by uniform noise in [1 − jitter, 1 + jitter]
+            (Fedus et al., "Switch Transformers", 2021, 2.4); the paper needs none.
         layer_idx: kept as an attribute for callers that look for it.
         device, dtype: of the parameters. A_log, D, the bias of dt_proj and the router stay float32 in low precision,
             here and under `.to(...)`, `.half()`, `.bfloat16()`.
@@ -83,6 +85,7 @@ class RoutingMambaBlock(nn.Module):
         experts_on: Iterable[str] = EXPERT_PROJECTIONS,
         normalize: bool = False,
         routed_scale: float = 1.0,
+        router_jitter: float = 0.0,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -95,6 +98,7 @@ class RoutingMambaBlock(nn.Module):
         chosen = set(experts_on)
         self.experts_on = tuple(name for name in EXPERT_PROJECTIONS if name in chosen)
         self.normalize, self.routed_scale, self.layer_idx = normalize, routed_scale, layer_idx
+        self.router_jitter = router_jitter
         self._check_arguments(chosen, dt_init)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -147,6 +151,8 @@ class RoutingMambaBlock(nn.Module):
             raise ValueError("RoutingMambaBlock: expected experts_on to name a projection; use num_experts=1 for none.")
         if self.num_experts == 1 and self.routed_scale != 1.0:
             raise ValueError(f"RoutingMambaBlock: expected routed_scale=1 with one expert, got {self.routed_scale}.")
+        if not 0 <= self.router_jitter < 1:
+            raise ValueError(f"RoutingMambaBlock: expected 0 <= router_jitter < 1, got {self.router_jitter}.")
         if dt_init not in ("random", "constant"):
             raise ValueError(f"RoutingMambaBlock: expected dt_init 'random' or 'constant', got {dt_init!r}.")
 
@@ -202,6 +208,8 @@ class RoutingMambaBlock(nn.Module):
             raise ValueError("RoutingMambaBlock: a block without experts (num_experts=1) has no router.")
         weight = self.router.weight
         tokens = hidden.reshape(-1, self.d_model).to(weight.dtype)
+        if self.training and self.router_jitter:
+            tokens = tokens * torch.empty_like(tokens).uniform_(1 - self.router_jitter, 1 + self.router_jitter)
         if not torch.is_autocast_enabled(tokens.device.type):
             return F.linear(tokens, weight)
         with torch.autocast(tokens.device.type, enabled=False):

@@ -355,6 +355,18 @@ def test_deterministic_whatever_the_thread_count():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
 
 
+def test_jitter_perturbs_the_router_in_training_only():
+    block, plain = make(router_jitter=0.1), make()
+    plain.load_state_dict(block.state_dict())
+    hidden = torch.randn(2, 50, 16)
+    exact = plain.router_logits(hidden)
+    assert torch.equal(block.eval().router_logits(hidden), exact)
+    jittered = block.train().router_logits(hidden)
+    assert not torch.equal(jittered, exact) and not torch.equal(jittered, block.router_logits(hidden))
+    bound = 0.1 * hidden.reshape(-1, 16).abs() @ plain.router.weight.abs().T  # |Σ ε x w| ≤ 0.1 Σ |x| |w|
+    assert bool(((jittered - exact).abs() <= bound * (1 + 1e-5)).all())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -364,6 +376,7 @@ def test_deterministic_whatever_the_thread_count():
         ({"experts_on": ("in", "x_proj")}, "experts_on of .*, got x_proj"),
         ({"experts_on": ()}, "experts_on to name a projection"),
         ({"num_experts": 1, "top_k": 1, "routed_scale": 2.0}, "routed_scale=1 with one expert"),
+        ({"router_jitter": 1.0}, "0 <= router_jitter < 1, got 1.0"),
         ({"d_model": 0}, "d_model >= 1, got 0"),
         ({"d_state": 2.5}, "d_state >= 1, got 2.5"),
         ({"dt_init": "normal"}, "dt_init 'random' or 'constant', got 'normal'"),
