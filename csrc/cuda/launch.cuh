@@ -22,6 +22,13 @@
 
 #include "core/status.hpp"
 
+// More than 48 KiB of dynamic shared memory is an opt-in per kernel and device: call it before each such launch.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+  if (bytes > 48 * 1024)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // The status of the launches before it. Errors inside a running kernel surface at the caller's next synchronisation.
 inline rom_status launch_status(const char* kernel) {
   const cudaError_t error = cudaGetLastError();

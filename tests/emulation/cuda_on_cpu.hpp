@@ -11,8 +11,11 @@
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
+#include <map>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -32,8 +35,18 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace emulation {
 
@@ -86,6 +99,37 @@ T exchange(T value, unsigned source) {
   return value;
 }
 
+// cp.async (csrc/cuda/async.cuh). A copy may land any time between issue and wait: at issue finds a buffer that is
+// still being read, at the wait finds a wait that is missing. Tests run both.
+inline bool async_copies_at_issue = true;
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  bool wanted;
+  void run() const { wanted ? memcpy(to, from, 16) : memset(to, 0, 16); }
+};
+inline thread_local std::vector<AsyncCopy> async_open;
+inline thread_local std::vector<std::vector<AsyncCopy>> async_groups;
+
+inline void async_copy16(void* shared, const void* global, bool wanted) {
+  if (((uintptr_t)shared | (wanted ? (uintptr_t)global : 0)) % 16) {
+    fprintf(stderr, "cp.async of 16 bytes from %p to %p: misaligned\n", global, shared);
+    abort();
+  }
+  const AsyncCopy copy{shared, global, wanted};
+  async_copies_at_issue ? copy.run() : async_open.push_back(copy);
+}
+inline void async_commit() {
+  async_groups.push_back(std::move(async_open));
+  async_open.clear();
+}
+inline void async_wait(size_t pending) {
+  while (async_groups.size() > pending) {
+    for (const AsyncCopy& copy : async_groups.front()) copy.run();
+    async_groups.erase(async_groups.begin());
+  }
+}
+
 }  // namespace emulation
 
 inline thread_local dim3 threadIdx, blockIdx;
@@ -119,11 +163,16 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 namespace emulation {
 
+// What cudaFuncSetAttribute allowed each kernel beyond the 48 KiB of dynamic shared memory that all may have.
+inline std::map<const void*, size_t> shared_limits;
+
 // Runs kernel(arguments...) for every thread of every block, with the limits a Hopper GPU puts on a launch.
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes, Arguments... arguments) {
   const unsigned count = threads.x * threads.y * threads.z;
-  if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || shared_bytes > 227 * 1024) {
+  const auto allowed = shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const size_t most_shared = allowed == shared_limits.end() ? 48 * 1024 : allowed->second;
+  if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || shared_bytes > most_shared) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
@@ -142,6 +191,8 @@ void launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes, Argumen
           for (unsigned x = 0; x < grid.x; ++x) {
             blockIdx = dim3(x, y, z);
             kernel(arguments...);
+            async_commit();
+            async_wait(0);
             shared.barrier.wait();
           }
     });
@@ -149,6 +200,13 @@ void launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes, Argumen
 }
 
 }  // namespace emulation
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > 227 * 1024) return emulation::last_error = cudaErrorInvalidConfiguration;
+  emulation::shared_limits[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
 
 #define ROM_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
   emulation::launch(kernel, grid, threads, shared_bytes, __VA_ARGS__)

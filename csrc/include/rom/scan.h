@@ -44,6 +44,10 @@ rom_status rom_scan_forward_cpu(const rom_scan_forward_args* args);
 int64_t rom_scan_forward_workspace_cpu(const rom_scan_forward_args* args);
 rom_status rom_scan_backward_cpu(const rom_scan_backward_args* args);
 int64_t rom_scan_backward_workspace_cpu(const rom_scan_backward_args* args);
+rom_status rom_scan_forward_cuda(const rom_scan_forward_args* args);
+int64_t rom_scan_forward_workspace_cuda(const rom_scan_forward_args* args);
+rom_status rom_scan_backward_cuda(const rom_scan_backward_args* args);
+int64_t rom_scan_backward_workspace_cuda(const rom_scan_backward_args* args);
 
 #ifdef __cplusplus
 }
