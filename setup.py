@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -52,10 +53,12 @@ class CMakeBuild(build_ext):
             shutil.rmtree(build, ignore_errors=True)  # its compiler lived in a build environment that pip has deleted
         for folder in (output, build):
             folder.mkdir(parents=True, exist_ok=True)
-        for stale in output.glob("_C*.so"):  # a CPU-only rebuild must not ship yesterday's CUDA module
-            stale.unlink()
+        installed = ROOT / "rom" if self.editable_mode else output
+        for folder in (output, installed):
+            for stale in folder.glob("_C*" + EXTENSION_SUFFIXES[0]):  # a CPU-only rebuild must not keep yesterday's
+                stale.unlink()  # CUDA module
         for stub in (ROOT / "python").glob("*.pyi"):
-            shutil.copy(stub, ROOT / "rom" if self.editable_mode else output)
+            shutil.copy(stub, installed)
 
         env = dict(os.environ)
         configure = [

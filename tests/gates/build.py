@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+
+from gates import sass
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 
@@ -14,6 +18,22 @@ CSRC = Path(__file__).parent.parent.parent / "csrc"
 def find_nvcc() -> str | None:
     """nvcc's path, or None."""
     return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def built_cuda(source: str, folder: Path) -> Path | None:
+    """csrc/cuda/<source> for sm_90a, out of the installed rom._C_cuda; None if that is not there or older than csrc."""
+    spec, tool = importlib.util.find_spec("rom._C_cuda"), sass.find_cuobjdump()
+    if spec is None or spec.origin is None or tool is None:
+        return None
+    newest = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.is_file())
+    if Path(spec.origin).stat().st_mtime < newest:
+        return None
+    listed = subprocess.run([tool, "-lelf", spec.origin], check=True, capture_output=True, text=True).stdout
+    found = re.search(rf"{re.escape(Path(source).stem)}(\.\d+)?\.sm_90a?\.cubin", listed)
+    if found is None:
+        return None
+    subprocess.run([tool, "-xelf", found[0], spec.origin], check=True, capture_output=True, cwd=folder)
+    return folder / found[0]
 
 
 def compile_cuda(source: str, folder: Path) -> Path:
