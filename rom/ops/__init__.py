@@ -3,6 +3,9 @@
 from rom.ops.conv import causal_conv1d
 from rom.ops.conv_update import causal_conv1d_update
 from rom.ops.norm import add_rms_norm
+from rom.ops.orthogonal import cayley, householder, orthogonality_error
+from rom.ops.orthogonal_inverse import cayley_inverse, householder_inverse
+from rom.ops.orthogonal_products import orthogonal_apply
 from rom.ops.routed_linear import routed_linear
 from rom.ops.routing import Routing, route
 from rom.ops.scan import selective_scan
@@ -13,6 +16,12 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
+    "cayley",
+    "cayley_inverse",
+    "householder",
+    "householder_inverse",
+    "orthogonal_apply",
+    "orthogonality_error",
     "route",
     "routed_linear",
     "selective_scan",
