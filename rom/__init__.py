@@ -3,7 +3,7 @@
 from rom import native as native  # first: it explains a missing or stale build
 
 # isort: split
-from rom import memory, models, nn, ops
+from rom import faults, memory, models, nn, ops
 from rom.dispatch import BackendError, BackendStatus, FallbackWarning, backend, backends
 from rom.nn import RoutingMambaBlock
 from rom.ops import Routing
@@ -17,6 +17,7 @@ __all__ = [
     "RoutingMambaBlock",
     "backend",
     "backends",
+    "faults",
     "memory",
     "models",
     "nn",
