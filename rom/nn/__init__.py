@@ -2,15 +2,19 @@
 
 from rom.nn.block import RoutingMambaBlock
 from rom.nn.norm import AddRMSNorm
+from rom.nn.orthogonal import OrthogonalLinear, orthogonal, rebase
 from rom.nn.routed_linear import RoutedLinear
 from rom.nn.routing_losses import RoutingStatistics, load_balance_loss, router_z_loss, routing_statistics
 
 __all__ = [
     "AddRMSNorm",
+    "OrthogonalLinear",
     "RoutedLinear",
     "RoutingMambaBlock",
     "RoutingStatistics",
     "load_balance_loss",
+    "orthogonal",
+    "rebase",
     "router_z_loss",
     "routing_statistics",
 ]
