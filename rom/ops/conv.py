@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +69,7 @@ def causal_conv1d(
     x = _op.autocast(x)
     _validate(x, weight, bias, activation, initial_state, cu_seqlens, row_index)
     width = weight.shape[1]
-    refusals = () if width in WIDTHS else tuple((b, f"width {width} is not one of {WIDTHS}") for b in ("cuda", "cpu"))
-    backend = dispatch.choose(OP, x.device.type, refusals)
+    backend = dispatch.choose(OP, x.device.type, refused_width(width))
     if backend == "reference" and not torch.compiler.is_compiling():
         _check_values(x, cu_seqlens, row_index)
         return reference.causal_conv1d(
@@ -123,6 +123,12 @@ def _validate(
     _op.check_shape(OP, "initial_state", initial_state, (sequences, dim, weight.shape[1]))
 
 
+def refused_width(width: int) -> tuple[tuple[str, str], ...]:
+    """Who cannot run a width, and why: what `dispatch.choose` asks of both conv operators."""
+    reason = f"width {width} is not one of {WIDTHS}"
+    return () if width in WIDTHS else tuple((backend, reason) for backend in ("cuda", "triton", "cpu"))
+
+
 def check_activation(op: str, activation: str | None) -> None:
     """The activations both conv operators know."""
     if activation not in ACTIVATIONS:
@@ -162,7 +168,8 @@ def _state_shape(
     return sequences, weight.shape[0], weight.shape[1]
 
 
-# ------------------------------------------------------------------------------------------------ native kernels
+# ------------------------------------------------------------------------------------------------ kernels
+# `kernels` is rom.native or rom.ops._op.Triton: the same functions, so that one piece of code feeds both.
 def _inputs(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -185,7 +192,8 @@ def _inputs(
     }
 
 
-def _native_forward(
+def _kernel_forward(
+    kernels: _op.Kernels,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -199,11 +207,13 @@ def _native_forward(
     shape = _state_shape(x, weight, cu_seqlens, row_index) if return_final_state else (0,)
     final_state = native.empty(shape, _op.compute_dtype(x.dtype), x.device)
     arguments = _inputs(x, weight, bias, silu, initial_state, cu_seqlens, row_index)
-    native.call("conv_forward", x.device, out=out, final_state=final_state if return_final_state else None, **arguments)
+    arguments["final_state"] = final_state if return_final_state else None
+    kernels.call("conv_forward", x.device, out=out, **arguments)
     return out, final_state
 
 
-def _native_backward(
+def _kernel_backward(
+    kernels: _op.Kernels,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -228,13 +238,25 @@ def _native_backward(
         "grad_bias": grad_bias,
         "grad_initial_state": None if initial_state is None else grad_initial,
     }
-    workspace = native.workspace("conv_backward", x.device, **arguments)
-    native.call("conv_backward", x.device, workspace=workspace, **arguments)
+    workspace = kernels.workspace("conv_backward", x.device, **arguments)
+    kernels.call("conv_backward", x.device, workspace=workspace, **arguments)
     return grad_x, grad_weight.t().contiguous(), grad_bias, grad_initial
 
 
-for _backend in ("cpu", "cuda"):
-    dispatch.register(OP, _backend, _native_forward, _native_backward, kernels=("conv_forward", "conv_backward"))
+_TRITON = "rom.triton_kernels.conv"
+for _backend, _kernels, _names in (
+    ("cuda", native, ("conv_forward", "conv_backward")),
+    ("triton", _op.Triton(_TRITON), ()),
+    ("cpu", native, ("conv_forward", "conv_backward")),
+):
+    dispatch.register(
+        OP,
+        _backend,
+        partial(_kernel_forward, _kernels),
+        partial(_kernel_backward, _kernels),
+        kernels=_names,
+        module=_TRITON if _backend == "triton" else None,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ reference backend

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from rom import dispatch, native
 from rom.ops import _decode, _op
-from rom.ops.conv import WIDTHS, check_activation, check_weight
+from rom.ops.conv import check_activation, check_weight, refused_width
 from rom.reference import conv as reference
 
 OP = "causal_conv1d_update"
@@ -50,9 +52,7 @@ def causal_conv1d_update(
     _validate(x, conv_state, weight, bias, activation, state_indices)
     tensors = {"x": x, "conv_state": conv_state, "weight": weight, "bias": bias}
     _decode.refuse_gradients(OP, "causal_conv1d with initial_state", **tensors)
-    width = weight.shape[1]
-    refusals = () if width in WIDTHS else tuple((b, f"width {width} is not one of {WIDTHS}") for b in ("cuda", "cpu"))
-    backend = dispatch.choose(OP, x.device.type, refusals)
+    backend = dispatch.choose(OP, x.device.type, refused_width(weight.shape[1]))
     return torch.ops.rom.causal_conv1d_update(
         x, conv_state, weight, bias, activation is not None, state_indices, backend
     )
@@ -84,7 +84,8 @@ def _validate(
     _decode.check_slots(OP, conv_state, "conv_state", x.shape[0], state_indices)
 
 
-def _native(
+def _kernel(
+    kernels: _op.Kernels,
     x: torch.Tensor,
     conv_state: torch.Tensor,
     weight: torch.Tensor,
@@ -95,7 +96,7 @@ def _native(
     compute = _op.compute_dtype(x.dtype)
     steps = x if x.dim() == 3 else x.unsqueeze(1)
     out = native.empty(steps.shape, x.dtype, x.device)
-    native.call(
+    kernels.call(
         "conv_update",
         x.device,
         silu=int(activation is not None),
@@ -109,8 +110,10 @@ def _native(
     return out.view(x.shape)
 
 
-for _backend in ("cpu", "cuda"):
-    dispatch.register(OP, _backend, _native, kernels=("conv_update",))
+_TRITON = "rom.triton_kernels.conv_update"
+for _backend in ("cuda", "cpu"):
+    dispatch.register(OP, _backend, partial(_kernel, native), kernels=("conv_update",))
+dispatch.register(OP, "triton", partial(_kernel, _op.Triton(_TRITON)), module=_TRITON)
 dispatch.register(OP, "reference", reference.causal_conv1d_update)
 
 

@@ -48,11 +48,12 @@ def test_cuda(source, tmp_path):
 
 @needs_cuobjdump
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("module, kernel", [(m, k) for m, rows in TABLE["triton"].items() for k in rows])
-def test_triton(module, kernel, tmp_path):
+@pytest.mark.parametrize("module, name", [(m, k) for m, rows in TABLE["triton"].items() for k in rows])
+def test_triton(module, name, tmp_path):
     import triton.language as tl
 
-    row = TABLE["triton"][module][kernel]
+    row = TABLE["triton"][module][name]
+    kernel = row.get("kernel", name)
     signature = row["pointers"] | dict.fromkeys(row["integers"], "i32")
     constants = {n: getattr(tl, v) if isinstance(v, str) else v for n, v in row["constants"].items()}
     cubin, shared = build.compile_triton(module, kernel, tmp_path, signature, constants, row["num_warps"])

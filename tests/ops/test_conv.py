@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conv_cases import NAMES, compare, make, outputs_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
@@ -11,62 +12,6 @@ from rom.ops import conv
 from rom.reference import conv as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NAMES = ("out", "final_state", "x.grad", "weight.grad", "bias.grad", "initial_state.grad")
-
-
-def make(batch, length, dim, width, dtype, *, device="cpu", bias=True, initial=True, cu_seqlens=None, rows_per_step=0):
-    """Arguments as a dict; parameters and states in the compute dtype, as modules keep them."""
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    index = None
-    shape = (batch, length, dim)
-    if rows_per_step:
-        rows = batch * length * rows_per_step
-        index = torch.randperm(rows, device=device).view(batch, length, rows_per_step).to(torch.int32)
-        shape = (rows, dim)
-    cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-    sequences = batch if cu is None else len(cu_seqlens) - 1
-
-    def normal(*shape, dtype=compute):
-        return torch.randn(shape, device=device).to(dtype).requires_grad_()
-
-    return {
-        "x": normal(*shape, dtype=dtype),
-        "weight": normal(dim, width),
-        "bias": normal(dim) if bias else None,
-        "initial_state": normal(sequences, dim, width) if initial else None,
-        "cu_seqlens": cu,
-        "row_index": index,
-    }
-
-
-def outputs_and_gradients(function, arguments, activation, grads, dtype=None):
-    """out, final_state and the gradients in the order of NAMES; None where an argument is not given."""
-    arguments = {
-        k: v if dtype is None or v is None or not v.is_floating_point() else v.detach().to(dtype).requires_grad_()
-        for k, v in arguments.items()
-    }
-    out, final = function(**arguments, activation=activation, return_final_state=True)
-    inputs = [arguments[k] for k in ("x", "weight", "bias", "initial_state")]
-    wanted = [t for t in inputs if t is not None]
-    found = iter(torch.autograd.grad((out, final), wanted, (grads[0].to(out.dtype), grads[1].to(final.dtype))))
-    return [out, final, *(None if t is None else next(found) for t in inputs)]
-
-
-def compare(arguments, activation):
-    dtype, x, weight = arguments["x"].dtype, arguments["x"], arguments["weight"]
-    index, cu = arguments["row_index"], arguments["cu_seqlens"]
-    batch, length = (x if index is None else index).shape[:2]
-    grads = (
-        torch.randn(batch, length, x.shape[-1], device=x.device).to(dtype),
-        torch.randn(batch if cu is None else len(cu) - 1, *weight.shape, device=x.device),
-    )
-    got = outputs_and_gradients(rom.ops.causal_conv1d, arguments, activation, grads)
-    plain = outputs_and_gradients(reference.causal_conv1d, arguments, activation, grads)
-    expected = outputs_and_gradients(reference.causal_conv1d, arguments, activation, grads, torch.float64)
-    for name, g, p, e in zip(NAMES, got, plain, expected):
-        if e is not None:
-            assert_close(name, g, e, p)
-    assert got[0].dtype == got[2].dtype == dtype
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -116,8 +61,16 @@ def test_any_packing(lengths, rows_per_step, initial, seed):
 
 
 @pytest.mark.parametrize("dim", [512, 600])
-def test_several_channel_blocks(dim):
-    compare(make(1, 140, dim, 4, torch.float32), "silu")
+def test_several_channel_blocks(dim, device):
+    compare(make(1, 140, dim, 4, torch.float32, device=device), "silu")
+
+
+@pytest.mark.parametrize("rows_per_step", [0, 1, 2])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 0, 3, 4, 130, 256, 290, 290]], ids=["", "packed"])
+def test_packed_rows(cu_seqlens, rows_per_step, device):
+    compare(
+        make(1, 290, 256, 4, torch.bfloat16, device=device, cu_seqlens=cu_seqlens, rows_per_step=rows_per_step), "silu"
+    )
 
 
 def test_packed_equals_separate(device):
@@ -133,8 +86,8 @@ def test_packed_equals_separate(device):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 5, 128, 200])
-def test_split_equals_whole(cut):
-    a = make(2, 200, 19, 4, torch.bfloat16)
+def test_split_equals_whole(cut, device):
+    a = make(2, 200, 19, 4, torch.bfloat16, device=device)
     x, state = a.pop("x"), a.pop("initial_state")
     whole, final = rom.ops.causal_conv1d(x, **a, initial_state=state, return_final_state=True)
     first, state = rom.ops.causal_conv1d(x[:, :cut], **a, initial_state=state, return_final_state=True)
@@ -178,8 +131,8 @@ def test_views_are_read_in_place(monkeypatch):
     )
 
 
-def test_expanded_gradient():
-    a = make(2, 40, 16, 4, torch.float32)
+def test_expanded_gradient(device):
+    a = make(2, 40, 16, 4, torch.float32, device=device)
     rom.ops.causal_conv1d(**a).sum().backward()
     grads = [a["x"].grad, a["weight"].grad]
     a["x"].grad = a["weight"].grad = None
@@ -229,8 +182,8 @@ def test_other_widths_need_the_reference(width):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (2, 5, 0)])
-def test_empty(shape):
-    a = make(*shape, 4, torch.float32)
+def test_empty(shape, device):
+    a = make(*shape, 4, torch.float32, device=device)
     out, final = rom.ops.causal_conv1d(**a, return_final_state=True)
     assert out.shape == shape and final.shape == (shape[0], shape[2], 4)
     if shape[1] == 0:
@@ -240,9 +193,9 @@ def test_empty(shape):
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e4, 1e18])
-def test_extremes(magnitude):
-    x = (torch.randn(1, 40, 20) * magnitude).requires_grad_()
-    weight = torch.randn(20, 4)
+def test_extremes(magnitude, device):
+    x = (torch.randn(1, 40, 20, device=device) * magnitude).requires_grad_()
+    weight = torch.randn(20, 4, device=device)
     out = rom.ops.causal_conv1d(x, weight, None, "silu")
     expected = reference.causal_conv1d(x.double(), weight, None, "silu")
     assert_close("out", out, expected)
@@ -250,17 +203,17 @@ def test_extremes(magnitude):
     assert torch.isfinite(x.grad).all()
 
 
-def test_nan_stays_in_its_window():
-    x = torch.randn(1, 20, 3)
+def test_nan_stays_in_its_window(device):
+    x = torch.randn(1, 20, 3, device=device)
     x[0, 7, 1] = float("nan")
-    out = rom.ops.causal_conv1d(x, torch.randn(3, 4), None, "silu")
+    out = rom.ops.causal_conv1d(x, torch.randn(3, 4, device=device), None, "silu")
     bad = out.isnan().nonzero()[:, 1:].tolist()
     assert bad == [[7, 1], [8, 1], [9, 1], [10, 1]]
 
 
-def test_deterministic_whatever_the_thread_count():
-    a = make(2, 700, 96, 4, torch.float32)
-    grads = torch.randn(2, 700, 96), torch.randn(2, 96, 4)
+def test_deterministic_whatever_the_thread_count(device):
+    a = make(2, 700, 96, 4, torch.float32, device=device)
+    grads = torch.randn(2, 700, 96, device=device), torch.randn(2, 96, 4, device=device)
     runs = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)

@@ -17,18 +17,19 @@ PAIRS = [
 ]
 
 
-def make(batch, steps, dim, width, dtype=torch.float32, state_dtype=None, slots=None):
+def make(batch, steps, dim, width, dtype=torch.float32, state_dtype=None, slots=None, device="cpu"):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.randn(*((batch, dim) if steps is None else (batch, steps, dim))).to(dtype)
     state = torch.randn(slots or batch, dim, width).to(state_dtype or compute)
-    return x, state, torch.randn(dim, width, dtype=compute), torch.randn(dim, dtype=compute)
+    parameters = torch.randn(dim, width, dtype=compute), torch.randn(dim, dtype=compute)
+    return tuple(t.to(device) for t in (x, state, *parameters))
 
 
 @pytest.mark.parametrize("steps", [None, 1, 5])
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "-".join(str(d).removeprefix("torch.") for d in p))
-def test_matches_float64(dtypes, width, steps):
-    x, state, weight, bias = make(3, steps, 45, width, *dtypes)
+def test_matches_float64(dtypes, width, steps, device):
+    x, state, weight, bias = make(3, steps, 45, width, *dtypes, device=device)
     expected_state, plain_state = state.double().clone(), state.clone()
     expected = reference.causal_conv1d_update(x.double(), expected_state, weight, bias, "silu")
     plain = reference.causal_conv1d_update(x, plain_state, weight, bias, "silu")
@@ -40,18 +41,19 @@ def test_matches_float64(dtypes, width, steps):
 
 @pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_equal_forward(dtype, chunk):
-    x, state, weight, bias = make(2, 9, 600, 4, dtype)
+def test_steps_equal_forward(dtype, chunk, device):
+    x, state, weight, bias = make(2, 9, 600, 4, dtype, device=device)
     whole, final = rom.ops.causal_conv1d(x, weight, bias, "silu", state, return_final_state=True)
     outs = [rom.ops.causal_conv1d_update(part, state, weight, bias, "silu") for part in x.split(chunk, 1)]
     assert_close("out", torch.cat(outs, 1), whole.double())
     assert torch.equal(state, final)
 
 
-def test_state_indices():
-    x, state, weight, bias = make(4, 2, 20, 4, slots=7)
+def test_state_indices(device):
+    x, state, weight, bias = make(4, 2, 20, 4, slots=7, device=device)
     before = state.clone()
-    out = rom.ops.causal_conv1d_update(x, state, weight, bias, None, torch.tensor([5, -1, 0, -1], dtype=torch.int32))
+    slots = torch.tensor([5, -1, 0, -1], dtype=torch.int32, device=device)
+    out = rom.ops.causal_conv1d_update(x, state, weight, bias, None, slots)
     assert not out[1].any() and not out[3].any()
     for row, slot in ((0, 5), (2, 0)):
         alone = before[slot : slot + 1].clone()
@@ -61,8 +63,8 @@ def test_state_indices():
     assert torch.equal(state[untouched], before[untouched])
 
 
-def test_strided_state_and_input():
-    x, state, weight, bias = make(3, 2, 20, 4)
+def test_strided_state_and_input(device):
+    x, state, weight, bias = make(3, 2, 20, 4, device=device)
     transposed = state.transpose(1, 2).contiguous().transpose(1, 2)  # channels contiguous, as causal_conv1d keeps it
     inputs = torch.cat([x, x], -1)[..., :20]
     got = rom.ops.causal_conv1d_update(inputs, transposed, weight, bias, "silu")

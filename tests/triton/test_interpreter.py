@@ -15,9 +15,10 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def test_interpreter_session():
+@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_interpreter_session(speed):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", speed, str(HERE / "interpreted")]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     # Not from the root: `python -m pytest` puts its folder on the path, and the root holds unbuilt sources.
     session = subprocess.run(command, check=False, capture_output=True, text=True, cwd=HERE, env=environment)
