@@ -36,15 +36,20 @@ def built_cuda(source: str, folder: Path) -> Path | None:
     return folder / found[0]
 
 
-def compile_cuda(source: str, folder: Path) -> Path:
-    """csrc/cuda/<source> for sm_90a, with the flags of CMakeLists.txt: a register spill is an error."""
-    cubin = folder / f"{source}.cubin"
-    flags = ["-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
-    flags += ["-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "--warn-on-spills,--warning-as-error"]
+def nvcc_cubin(source: Path, folder: Path, *flags: str) -> Path:
+    """A CUDA source as a cubin for sm_90a."""
+    cubin = folder / f"{source.name}.cubin"
     nvcc = find_nvcc()
     assert nvcc, "ask find_nvcc first"
-    subprocess.run([nvcc, "-cubin", *flags, str(CSRC / "cuda" / source), "-o", str(cubin)], check=True)
+    target = ["-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a"]
+    subprocess.run([nvcc, "-cubin", *target, *flags, str(source), "-o", str(cubin)], check=True)
     return cubin
+
+
+def compile_cuda(source: str, folder: Path) -> Path:
+    """csrc/cuda/<source> for sm_90a, with the flags of CMakeLists.txt: a register spill is an error."""
+    flags = ["-DNDEBUG", "--expt-relaxed-constexpr", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    return nvcc_cubin(CSRC / "cuda" / source, folder, *flags, "-Xptxas", "--warn-on-spills,--warning-as-error")
 
 
 def compile_triton(
