@@ -4,7 +4,8 @@
     python benchmarks/bench_scan.py --quick                  under half a minute
     python benchmarks/bench_scan.py --shape 1,4096,2048,16 --forward --dtype bfloat16 --plot scan.png
 
-One thread of a CPU is timed in CPU time, which other programs do not disturb; threads and GPUs by the wall clock.
+One thread of a CPU is timed in CPU time, which other programs do not disturb; threads and GPUs by the wall clock. A GPU
+has sizes, peers and promises of its own (scan_gpu.py), bfloat16, forward and backward apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import scan_gpu
 import torch
 from harness import Benchmark, Case, Contender, Cost, Row, Target, Tensors, arguments, parse
 from scan_peers import ROSTER, Problem, contender, ours, reference, timed
@@ -142,8 +144,7 @@ def cases(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     largest = max(options.shape, key=lambda shape: shape[0] * shape[1] * shape[2] * shape[3])
     for backward in passes:
         yield across_dtypes(options, largest, backward)
-        if options.device == "cpu":
-            yield across_threads(options, largest, backward)
+        yield across_threads(options, largest, backward)
     if options.decode:
         batches = sorted({largest[0], 8 * largest[0]})
         for batch in batches:
@@ -161,18 +162,23 @@ def shape(text: str) -> Shape:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = arguments(__doc__)
     parser.add_argument("--shape", "--shapes", type=shape, action="append", metavar="B,L,D,N", help="repeatable")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default float32")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="repeatable; default float32, bfloat16 on a GPU"
+    )
     for kind in ("forward", "backward", "decode"):
         parser.add_argument(f"--{kind}", action="store_true", help=f"only {kind} (default: all three)")
     options = parse(parser, argv)
-    options.shape = options.shape or (QUICK_SHAPES if options.quick else SHAPES)
-    options.dtype = options.dtype or ["float32"]
+    gpu = options.device == "cuda"
+    shapes, quick = (scan_gpu.SHAPES, scan_gpu.QUICK_SHAPES) if gpu else (SHAPES, QUICK_SHAPES)
+    options.shape = options.shape or (quick if options.quick else shapes)
+    options.dtype = options.dtype or ["bfloat16" if gpu else "float32"]
     if not (options.forward or options.backward or options.decode):
         options.forward = options.backward = options.decode = True
     benchmark = Benchmark("selective scan", options)
-    for case in cases(options):
+    found = scan_gpu.cases(options, [DTYPES[name] for name in options.dtype]) if gpu else cases(options)
+    for case in found:
         benchmark.run(case)
-    benchmark.finish(TARGETS)
+    benchmark.finish(scan_gpu.TARGETS if gpu else TARGETS)
     return benchmark.rows
 
 

@@ -1,12 +1,14 @@
-"""One command for a machine with an NVIDIA GPU: build, GPU tests, sanitizer, every benchmark.
+"""One command for a machine with an NVIDIA GPU: build, GPU tests, sanitizer, every benchmark and peer, profiles.
 
-    python benchmarks/gpu_report.py --out results/                   all parts
+    python benchmarks/gpu_report.py --out results/                        all parts, the most telling ones first
     python benchmarks/gpu_report.py --out results/ --parts tests,scan
+    python benchmarks/gpu_report.py --out results/ --minutes 9.5          stops there; the same command goes on
 
-Needs no network: the package is built with what is installed, for the visible GPU only. Every part is made of steps;
-what a step found is in OUT as soon as it ends (report.jsonl a line per step, NAME.jsonl a line per measured row, logs),
-so a run that is cut short keeps everything before the cut. Copy the folder to benchmarks/results/<gpu>/ and enter its
-figures in benchmarks/results/README.md.
+Needs no network: the package is built with what is installed, for the visible GPU only, and the peers from --peers, a
+folder with their source distributions (see build_peers.py). A part takes at most four minutes and is made of steps.
+What a step found is in OUT as soon as it ends (report.jsonl a line per step, NAME.jsonl a line per measured case,
+logs), so a run that is cut short keeps everything before the cut. A step that ended in an earlier run, from the same
+source and on the same kind of GPU, is not repeated. docs/benchmarks.md says what every file is and where it goes.
 
 Exit code: 0 if no step failed, 1 if one did, 2 for wrong arguments. Without a GPU every step is skipped, says so, and
 the code is 0.
@@ -15,46 +17,36 @@ the code is 0.
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from machine import commit
+from checkout import commit
+from steps import JOURNAL, Journal, Step, run_part, unpack
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS_FOLDER = ROOT / "benchmarks"
+# `python -m pytest` puts its folder on the path, and the root holds unbuilt sources.
+TESTS = ROOT / "tests"
 PYTHON = sys.executable
 PART_SECONDS = 240
+# What a machine says that runs programs on the GPU but lets no tool look into it.
+NO_SANITIZER = r"Device not supported.*|Unable to find injection library.*"
+NO_COUNTERS = r"ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to (initialize the profiler|prepare kernel).*"
 
-
-@dataclass(frozen=True)
-class Step:
-    """A command of a part, and why it cannot run here (empty: it can)."""
-
-    name: str
-    command: Sequence[str]
-    environment: tuple[tuple[str, str], ...] = ()
-    # `python -m pytest` puts its folder on the path, and the root holds unbuilt sources.
-    folder: Path = ROOT / "tests"
-    unavailable: str = ""
-
-
-@dataclass
-class Outcome:
-    """A line of report.jsonl."""
-
-    part: str
-    step: str
-    status: str  # passed, failed, timeout, skipped
-    seconds: float
-    reason: str
-    gpu: str
-    commit: str
+# Every benchmark here, cut into steps that fit a part.
+BENCHMARKS: dict[str, dict[str, list[str]]] = {
+    "norm": {"norm": ["--shape", "16384,2048"]},
+    "scan": {kind: [f"--{kind}"] for kind in ("forward", "backward", "decode")},
+    "block": {"block": []},
+}
+FAMILIES = ("scan", "decode", "conv", "norm")  # of launches.py, which needs the built package
+# By what a first run must know; benchmarks not named come last.
+ORDER = ("build", "tests", "peers", "scan", "micro", "conv", "train", "sanitizer", "profile")
 
 
 def visible_gpu() -> tuple[str, str]:
@@ -68,106 +60,151 @@ def visible_gpu() -> tuple[str, str]:
     return torch.cuda.get_device_name(), f"{major}{minor}{'a' if major >= 9 else ''}-real"
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer's path, or None."""
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+def find_tool(name: str) -> str | None:
+    """The path of one of CUDA's tools, or None."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def pytest(*arguments: str) -> list[str]:
-    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *arguments]
+def missing(tool: str) -> str:
+    """Why a step that needs `tool` cannot run; empty if it can."""
+    return "" if find_tool(tool) else f"{tool} is neither on PATH nor in /usr/local/cuda/bin"
 
 
-def parts(out: Path, architecture: str) -> dict[str, list[Step]]:
-    """All parts in the order they run."""
-    sanitizer = find_sanitizer()
-    nvcc = "" if shutil.which("nvcc") else "nvcc is not on PATH; Triton serves the GPU"
+# ------------------------------------------------------------------------------------------------ the parts
+def build_part(architecture: str) -> list[Step]:
     install = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", str(ROOT)]
-    build = (("ROM_CUDA", "on"), ("ROM_CUDA_ARCHS", architecture))
+    environment = (("ROM_CUDA", "on"), ("ROM_CUDA_ARCHS", architecture))
+    nvcc = "" if shutil.which("nvcc") else "nvcc is not on PATH; Triton serves the GPU"
+    return [Step("install", install, ROOT, environment, nvcc, kept=False)]
+
+
+def tests_part() -> list[Step]:
+    """The operators, then everything above them; one line per test, so that a cut-off log shows how far it came."""
+    pytest = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu"]
+    if importlib.util.find_spec("xdist"):  # launches and compilers wait for a core, not for the GPU
+        pytest += ["-n", "8", "--dist", "worksteal"]
+    return [Step("ops", [*pytest, "ops"], TESTS, weight=4), Step("rest", [*pytest, "--ignore", "ops"], TESTS)]
+
+
+def sanitizer_part() -> list[Step]:
+    """Small launches of every kernel; without torch's caching, which hides accesses behind the end of a tensor."""
+    environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    tool = [find_tool("compute-sanitizer") or "", "--error-exitcode", "9", "--tool"]
+    launches = [PYTHON, str(BENCHMARKS_FOLDER / "launches.py")]
+    why = missing("compute-sanitizer")
+    return [
+        Step(name, [*tool, name, *launches], ROOT / "tests", environment, why, NO_SANITIZER)
+        for name in ("memcheck", "racecheck", "synccheck")
+    ]
+
+
+def profile_part(out: Path) -> list[Step]:
+    script = str(BENCHMARKS_FOLDER / "profile_kernels.py")
+    why = missing("ncu")
+    return [
+        Step(
+            name, [PYTHON, script, "--family", name, "--out", str(out)], TESTS, unavailable=why, impossible=NO_COUNTERS
+        )
+        for name in FAMILIES
+    ]
+
+
+def peers_part(out: Path, sdists: Path | None) -> list[Step]:
+    """Their failure is theirs: the benchmarks then name them as missing."""
+    command = [PYTHON, str(BENCHMARKS_FOLDER / "build_peers.py"), "--sdists", str(sdists), "--out", str(out / "peers")]
+    why = "" if sdists else "--peers gives no folder with source distributions"
+    load = "import torch, selective_scan_cuda, causal_conv1d; print(selective_scan_cuda.__file__)"
+    path = _peers_path(out)
+    return [
+        Step("compile", command, TESTS, unavailable=why, weight=9, kept=False),
+        Step("import", [PYTHON, "-c", load], TESTS, path, why, kept=False),
+    ]
+
+
+def micro_part(out: Path) -> list[Step]:
+    script = str(BENCHMARKS_FOLDER / "micro/measure.py")
+    files = ["--json", str(out / "micro.jsonl"), "--markdown", str(out / "micro.md")]
+    return [Step("micro", [PYTHON, script, *files], TESTS, unavailable=missing("nvcc"))]
+
+
+def train_part(out: Path) -> list[Step]:
+    script = str(BENCHMARKS_FOLDER / "train_curves.py")
+    files = ["--json", str(out / "train.jsonl"), "--markdown", str(out / "train.md"), "--plot", str(out / "train.png")]
+    return [Step("curves", [PYTHON, script, "--device", "cuda", *files], TESTS)]
+
+
+def benchmark_part(name: str, out: Path) -> list[Step]:
+    script = str(BENCHMARKS_FOLDER / f"bench_{name}.py")
+
+    def step(label: str, arguments: Sequence[str]) -> Step:
+        stem = name if label == name else f"{name}_{label}"
+        files = ["--json", f"{name}.jsonl", "--markdown", f"{stem}.md", "--plot", f"{stem}.png"]
+        outputs = [part if part.startswith("--") else str(out / part) for part in files]
+        return Step(label, [PYTHON, script, "--device", "cuda", "--targets", *arguments, *outputs], TESTS,
+                    _peers_path(out))  # fmt: skip
+
+    return [step(label, arguments) for label, arguments in BENCHMARKS[name].items()]
+
+
+def _peers_path(out: Path) -> tuple[tuple[str, str], ...]:
+    before = os.environ.get("PYTHONPATH")
+    return (("PYTHONPATH", f"{out / 'peers'}{os.pathsep + before if before else ''}"),)
+
+
+def parts(out: Path, architecture: str, peers: Path | None) -> dict[str, list[Step]]:
+    """All parts in the order they run."""
     found = {
-        "build": [Step("install", install, build, ROOT, nvcc)],
-        "tests": [Step("pytest", pytest())],
-        "sanitizer": [
-            Step(
-                tool,
-                # 40 000 rows take minutes under a sanitizer and go where 33 rows went.
-                [sanitizer or "", "--tool", tool, "--error-exitcode", "9", *pytest("ops", "-k", "cuda and not 40000")],
-                # Otherwise torch's allocator hides accesses behind the end of a tensor.
-                (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
-                unavailable="" if sanitizer else "compute-sanitizer is not on PATH nor in /usr/local/cuda/bin",
-            )
-            for tool in ("memcheck", "racecheck", "synccheck")
-        ],
+        "build": build_part(architecture),
+        "tests": tests_part(),
+        "peers": peers_part(out, peers),
+        "micro": micro_part(out),
+        "train": train_part(out),
+        "sanitizer": sanitizer_part(),
+        "profile": profile_part(out),
+        **{name: benchmark_part(name, out) for name in BENCHMARKS},
     }
-    for name, variants in BENCHMARKS.items():
-        found[name] = [_benchmark(name, label, arguments, out) for label, arguments in variants.items()]
-    return found
+    first = {name: found[name] for name in ORDER if name in found}
+    return {**first, **found}
 
 
-# Every benchmark here, cut into steps that fit a part.
-BENCHMARKS: dict[str, dict[str, list[str]]] = {
-    "norm": {"norm": ["--shape", "16384,2048"]},
-    "scan": {kind: [f"--{kind}"] for kind in ("forward", "backward", "decode")},
-    "block": {"block": []},
-}
-
-
-def _benchmark(name: str, label: str, arguments: Sequence[str], out: Path) -> Step:
-    files = {"--json": f"{name}.jsonl", "--markdown": f"{name}_{label}.md", "--plot": f"{name}_{label}.png"}
-    outputs = [part for option, file in files.items() for part in (option, str(out / file))]
-    script = str(ROOT / "benchmarks" / f"bench_{name}.py")
-    return Step(label, [PYTHON, script, "--device", "cuda", "--targets", *arguments, *outputs])
-
-
-def run(part: str, step: Step, out: Path, limit: float, gpu: str) -> Outcome:
-    """Runs a step, its output going to OUT/<part>_<step>.log; appends the outcome to OUT/report.jsonl."""
-    start, reason = time.perf_counter(), step.unavailable if gpu else "no NVIDIA GPU is visible to torch"
-    status = "skipped" if reason else "failed"
-    if not reason:
-        with open(out / f"{part}_{step.name}.log", "w") as log:
-            try:
-                command = subprocess.run(
-                    step.command, cwd=step.folder, env=os.environ | dict(step.environment),
-                    stdout=log, stderr=subprocess.STDOUT, timeout=max(limit, 1), check=False,
-                )  # fmt: skip
-                status = "failed" if command.returncode else "passed"
-                reason = f"exit code {command.returncode}: see {log.name}" if command.returncode else ""
-            except subprocess.TimeoutExpired:
-                status, reason = "timeout", f"cut off after {limit:.0f} s: see {log.name}"
-    outcome = Outcome(part, step.name, status, round(time.perf_counter() - start, 1), reason, gpu, commit())
-    with open(out / "report.jsonl", "a") as file:
-        file.write(json.dumps(asdict(outcome)) + "\n")
-    print(f"{part:10} {step.name:10} {status:8} {outcome.seconds:6.1f} s  {reason}", flush=True)
-    return outcome
-
-
-def write_summary(out: Path, outcomes: Sequence[Outcome]) -> None:
-    """OUT/report.md: the steps, then the tables of the benchmarks."""
-    lines = ["| part | step | status | seconds | reason |", "|---|---|---|---|---|"]
-    lines += [f"| {o.part} | {o.step} | {o.status} | {o.seconds} | {o.reason} |" for o in outcomes]
-    tables = [path.read_text() for path in sorted(out.glob("*.md")) if path.name != "report.md"]
-    (out / "report.md").write_text("\n".join(lines) + "\n\n" + "\n".join(tables))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+# ------------------------------------------------------------------------------------------------ the run
+def arguments(names: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(parts(Path(), ""))
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is found")
     parser.add_argument("--parts", default=",".join(names), help=f"some of {','.join(names)} (default: all)")
     parser.add_argument("--part-seconds", type=float, default=PART_SECONDS, help="a part is cut off here (default 240)")
+    parser.add_argument("--minutes", type=float, help="stop here; the rest is for the next run (default: no limit)")
+    parser.add_argument("--again", action="store_true", help="also repeat what an earlier run has done")
+    parser.add_argument("--peers", type=Path, help="folder with the source distributions of mamba_ssm, causal_conv1d")
+    parser.add_argument("--archive", type=Path, metavar="FILE.tar.gz",
+                        help="after every step the results in one file; unpacked first if OUT is empty")  # fmt: skip
+    parser.add_argument("--commit", default=commit(), help="commit of a copy without .git")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    start = time.perf_counter()
+    names = list(parts(Path(), "", None))
+    parser = arguments(names)
     options = parser.parse_args(argv)
-    if unknown := set(options.parts.split(",")) - set(names):
+    wanted = options.parts.split(",")
+    if unknown := set(wanted) - set(names):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    out = options.out.resolve()
+    if options.peers and not options.peers.is_dir():
+        parser.error(f"--peers {options.peers} is no folder")
+    out, archive = options.out.resolve(), options.archive and options.archive.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    if archive and archive.exists() and not (out / JOURNAL).exists():
+        unpack(archive, out)
     gpu, architecture = visible_gpu()
     print(f"GPU: {gpu or 'none; every step is skipped'} {architecture}", flush=True)
-    outcomes = []
-    for part in options.parts.split(","):
-        stop = time.perf_counter() + options.part_seconds
-        for step in parts(out, architecture)[part]:
-            outcomes.append(run(part, step, out, stop - time.perf_counter(), gpu))
-            write_summary(out, outcomes)
-    return int(any(outcome.status in ("failed", "timeout") for outcome in outcomes))
+    journal = Journal(out, gpu, options.commit, archive)
+    earlier, end = len(journal.outcomes), start + 60 * (options.minutes or float("inf"))
+    steps = parts(out, architecture, options.peers and options.peers.resolve())
+    for part in wanted:
+        stop = min(time.perf_counter() + options.part_seconds, end)
+        run_part(part, steps[part], journal, stop, options.again)
+    return int(any(outcome.status in ("failed", "timeout") for outcome in journal.outcomes[earlier:]))
 
 
 if __name__ == "__main__":

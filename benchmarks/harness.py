@@ -32,7 +32,8 @@ class Contender:
     """Somebody who does the work: `make()` prepares the inputs in its favourite layout and returns the timed call.
 
     The call's results go through `canonical` before they are compared with the reference: the case's, or its own where
-    it computes something else. `predict`, if given, estimates the seconds of a call from a smaller one.
+    it computes something else. `predict`, if given, estimates the seconds of a call from a smaller one. `repeats` says
+    how often one call does the work; times are for once.
     """
 
     name: str
@@ -42,22 +43,27 @@ class Contender:
     reference: Callable[[], Tensors] | None = None
     predict: Callable[[], float] | None = None
     threads: int | None = None
+    repeats: int = 1
 
 
 @dataclass
 class Cost:
-    """What the work takes at the least: multiply-add slots, exponentials, and bytes through memory."""
+    """What the work takes at the least: instruction slots (on a CPU of multiply-adds), exponentials, bytes moved."""
 
     multiply_adds: float
     exps: float
     bytes: float
 
-    def floor(self, peak: Peak, device: str) -> float:
-        """Seconds below which this machine cannot go, on one thread. On a CPU an exp is made of multiply-adds."""
-        compute = self.multiply_adds / peak.multiply_adds
+    def floors(self, peak: Peak, device: str) -> dict[str, float]:
+        """Seconds by what binds, on one thread or one GPU. On a CPU an exp is made of multiply-adds."""
+        found = {"issue": self.multiply_adds / peak.multiply_adds, "memory": self.bytes / peak.bandwidth}
         if device == "cuda":
-            compute = max(compute, self.exps / peak.exps)
-        return max(compute, self.bytes / peak.bandwidth)
+            found["MUFU"] = self.exps / peak.exps
+        return found
+
+    def floor(self, peak: Peak, device: str) -> float:
+        """Seconds below which this machine cannot go."""
+        return max(self.floors(peak, device).values())
 
 
 @dataclass
@@ -185,8 +191,10 @@ class Benchmark:
                 warm = clock.time(call)
                 ready.append((row, (call, warm, lambda n=threads: torch.set_num_threads(n))))
         samples = take_turns(clock, [entry for _, entry in ready], self.options.seconds) if ready else []
+        repeats = {contender.name: contender.repeats for contender in case.contenders}
         for (row, _), taken in zip(ready, samples):
-            row.median, row.low, row.high = taken.median, taken.quantile(0.2), taken.quantile(0.8)
+            times = taken.median, taken.quantile(0.2), taken.quantile(0.8)
+            row.median, row.low, row.high = (seconds / repeats[row.contender] for seconds in times)
             row.samples = len(taken.seconds)
         self._relate(rows, case)
         self.rows += rows
@@ -224,6 +232,9 @@ class Benchmark:
         if case.cost is not None and ours.median is not None:
             ours.floor = case.cost.floor(self.peak, self.options.device)
             ours.fraction = ours.floor / ours.median
+            if self.options.device == "cuda":
+                floors = case.cost.floors(self.peak, "cuda").items()
+                ours.note = "floors: " + ", ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in floors)
 
     # ------------------------------------------------------------------------------------------------ reports
     def table(self) -> str:

@@ -12,23 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from checkout import commit
 from timing import Clock
 
 import rom
 from rom import native
-
-
-def commit() -> str:
-    """The checkout's commit, with + if files differ from it; `unknown` outside git."""
-    here = Path(__file__).parent
-    try:
-        name = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip() + ("+" if dirty.stdout else "")
 
 
 def processor() -> str:
@@ -61,19 +49,22 @@ def header(device: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Peak:
-    """What this machine reached, one thread (or one GPU), in operations and bytes per second."""
+    """What one thread of this machine reached, or what one GPU issues at its highest clock; a second's worth."""
 
     multiply_adds: float
     exps: float
     bandwidth: float
 
     def describe(self, device: str) -> str:
-        """The figures and how they were measured."""
-        how = "one GPU" if device == "cuda" else "one thread"
-        exp = "16 per SM and clock" if device == "cuda" else "torch.exp on 16 Ki values in cache"
+        """The figures and how they were found."""
+        if device == "cuda":
+            how, multiply, exp = "one GPU", "128 instructions per SM and clock", "16 per SM and clock"
+        else:
+            how, multiply, exp = "one thread", "float32 matmul 768³", "torch.exp on 16 Ki values in cache"
         return (
-            f"Measured peaks, {how}: {self.multiply_adds / 1e9:.1f} G multiply-adds/s (float32 matmul 768³), "
-            f"{self.exps / 1e9:.2f} G exp/s ({exp}), {self.bandwidth / 1e9:.1f} GB/s (copy, reads + writes)."
+            f"{'Peaks' if device == 'cuda' else 'Measured peaks'}, {how}: {self.multiply_adds / 1e9:.1f} G "
+            f"multiply-adds/s ({multiply}), {self.exps / 1e9:.2f} G exp/s ({exp}), {self.bandwidth / 1e9:.1f} GB/s "
+            f"({'measured ' if device == 'cuda' else ''}copy, reads + writes)."
         )
 
 
@@ -87,22 +78,33 @@ def _best(call: Callable[[], object], clock: Clock, seconds: float = 0.3) -> flo
 
 
 def measure_peak(device: str) -> Peak:
-    """Measures this machine with torch alone: a multiply-add is half a matmul FLOP, a copied byte counts twice."""
+    """Measures this machine with torch alone: a multiply-add is half a matmul FLOP, a copied byte counts twice.
+
+    A GPU's instruction rates follow from its clock and processors; its memory is measured.
+    """
     threads, clock = torch.get_num_threads(), Clock(device)
     torch.set_num_threads(1)
     try:
-        n = 768 if device == "cpu" else 8192
-        a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-        multiply_adds = n**3 / _best(lambda: torch.mm(a, b), clock)
-        source = torch.zeros(2**26, device=device)
+        source = torch.zeros(2**26 if device == "cpu" else 2**28, device=device)
         target = torch.zeros_like(source)
         bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source), clock)
         if device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
-            exps = 16e3 * properties.multi_processor_count * properties.clock_rate
-        else:
-            x = torch.randn(2**14)
-            exps = x.numel() / _best(lambda: torch.exp(x, out=target[: 2**14]), clock)
+            issued = 128 * torch.cuda.get_device_properties(0).multi_processor_count * _highest_clock()
+            return Peak(issued, issued / 8, bandwidth)
+        a, b = torch.randn(768, 768), torch.randn(768, 768)
+        multiply_adds = 768**3 / _best(lambda: torch.mm(a, b), clock)
+        x = torch.randn(2**14)
+        exps = x.numel() / _best(lambda: torch.exp(x, out=target[: 2**14]), clock)
     finally:
         torch.set_num_threads(threads)
     return Peak(multiply_adds, exps, bandwidth)
+
+
+def _highest_clock() -> float:
+    """Hz of the GPU's processors at boost, by torch or, where it does not tell, by nvidia-smi."""
+    kilohertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", None)
+    if kilohertz:
+        return 1e3 * float(kilohertz)
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return 1e6 * float(answer.split()[0])

@@ -1,4 +1,4 @@
-"""benchmarks/micro/micro.cu times what it says: every loop holds the instructions it counts, and nothing spills there."""
+"""benchmarks/micro/micro.cu times what it says: every loop holds the instructions it counts, and no others."""
 
 from collections import Counter
 from pathlib import Path
