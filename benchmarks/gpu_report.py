@@ -42,6 +42,7 @@ NO_COUNTERS = r"ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to (initialize the prof
 BENCHMARKS: dict[str, dict[str, list[str]]] = {
     "norm": {"norm": ["--shape", "16384,2048"]},
     "scan": {kind: [f"--{kind}"] for kind in ("forward", "backward", "decode")},
+    "conv": {kind: [f"--{kind}"] for kind in ("forward", "backward", "update")},
     "block": {"block": []},
 }
 FAMILIES = ("scan", "decode", "conv", "norm")  # of launches.py, which needs the built package

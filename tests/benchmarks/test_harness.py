@@ -125,6 +125,7 @@ def test_options_are_checked(capsys):
     [
         ("bench_scan", ["--shape", "1,5,8,4", "--forward", "--decode"]),
         ("bench_scan", ["--shape", "2,5,8,4", "--backward"]),
+        ("bench_conv", ["--shape", "2,5,8"]),
         ("bench_norm", ["--shape", "5,16"]),
         ("bench_block", ["--shape", "2,5,16", "--experts", "4", "--top-k", "2"]),
     ],
