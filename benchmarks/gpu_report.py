@@ -100,13 +100,15 @@ def sanitizer_part() -> list[Step]:
 
 
 def profile_part(out: Path) -> list[Step]:
+    """By family and backend: ncu writes at its end, so that a cut-off loses all of a step."""
     script = str(BENCHMARKS_FOLDER / "profile_kernels.py")
-    why = missing("ncu")
+
+    def step(family: str, backend: str, weight: float) -> Step:
+        command = [PYTHON, script, "--family", family, "--backend", backend, "--out", str(out)]
+        return Step(f"{family}_{backend}", command, TESTS, (), missing("ncu"), NO_COUNTERS, weight)
+
     return [
-        Step(
-            name, [PYTHON, script, "--family", name, "--out", str(out)], TESTS, unavailable=why, impossible=NO_COUNTERS
-        )
-        for name in FAMILIES
+        step(family, backend, 2 if family == "scan" else 1) for backend in ("cuda", "triton") for family in FAMILIES
     ]
 
 

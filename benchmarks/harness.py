@@ -215,9 +215,15 @@ class Benchmark:
                 f"skipped: a call would take about {seconds:.0f} s (--peer-seconds {self.options.peer_seconds:g})"
             )
             return None
-        call = contender.make()
-        expected = reference if contender.reference is None else contender.reference()
-        row.error = worst_error(contender.canonical(call()), expected)
+        try:
+            call = contender.make()
+            results = contender.canonical(call())
+        except Exception as error:  # out of memory, a module that does not load: the others still run
+            row.note = (
+                f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            )
+            return None
+        row.error = worst_error(results, reference if contender.reference is None else contender.reference())
         if row.error > WRONG[dtype]:
             row.note = "not timed: its result is wrong"
             return None
@@ -258,7 +264,10 @@ class Benchmark:
         return tabulate([r.cells() for r in self.rows], [*heads, "note"], tablefmt="github", disable_numparse=True)
 
     def finish(self, targets: Sequence[Target] = ()) -> None:
-        """Prints the table (and the targets under --targets) and writes --csv, --markdown and --plot."""
+        """Prints the table (and the targets under --targets) and writes --csv, --markdown and --plot.
+
+        Ends the program with exit code 1 if a kernel of ours failed or was wrong.
+        """
         from tabulate import tabulate
 
         heading = ", ".join(f"{key} {value}" for key, value in self.header.items() if key != "load")
@@ -280,6 +289,8 @@ class Benchmark:
             from plots import plot
 
             plot(self.name, self.rows, heading, Path(self.options.plot))
+        if broken := [r for r in self.rows if r.contender.startswith("rom") and r.note.startswith(("failed", "not "))]:
+            sys.exit("\n".join(f"{r.contender}, {r.kind} {r.size}: {r.note}" for r in broken))
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -38,7 +38,9 @@ def _panel(axis, case: tuple[str, str, str], rows: list[Row]) -> None:  # type: 
     spread = [[1e3 * (r.median - r.low) for r in rows], [1e3 * (r.high - r.median) for r in rows]]  # type: ignore[operator]
     axis.barh(names, medians, xerr=spread, color=["#1b6ca8"] + ["#b8c4cc"] * (len(rows) - 1), error_kw={"lw": 1})
     for place, row in enumerate(rows):
-        axis.annotate(f" {row.ratio:.3g}×" if place else "", (medians[place], place), va="center", fontsize=7)
+        axis.annotate(
+            f" {row.ratio:.3g}×" if place and row.ratio else "", (medians[place], place), va="center", fontsize=7
+        )
     if rows and rows[0].floor:
         axis.axvline(1e3 * rows[0].floor, color="black", linestyle="--", linewidth=0.8)
     axis.set_xscale("log")

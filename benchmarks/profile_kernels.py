@@ -1,9 +1,9 @@
 """What binds every kernel: one launch each under Nsight Compute, at the benchmark's size.
 
-    python benchmarks/profile_kernels.py --family scan --out FOLDER
+    python benchmarks/profile_kernels.py --family scan --backend cuda --out FOLDER
 
-Writes FOLDER/profile_FAMILY.csv (all metrics of ncu's sections) and .md: duration, issue slots, pipes (xu is MUFU),
-DRAM, registers, occupancy, and what warps wait for. Clocks are left as they are.
+Writes FOLDER/profile_FAMILY_BACKEND.csv (all metrics of ncu's sections) and .md: duration, issue slots, pipes (xu is
+MUFU), DRAM, registers, occupancy, and what warps wait for. Clocks are left as they are.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "
 HEADS = ("kernel", "µs", "issue slots %", "pipes %", "DRAM %", "registers", "occupancy %", "warps wait for")
 
 
-def command(ncu: str, family: str, log: Path) -> list[str]:
+def command(ncu: str, family: str, backend: str, log: Path) -> list[str]:
     sections = [part for name in SECTIONS for part in ("--section", name)]
     output = ["--page", "raw", "--csv", "--log-file", str(log)]
     profiler = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"]
     launches = str(Path(__file__).with_name("launches.py"))
-    return [*profiler, *sections, *output, sys.executable, launches, "--large", "--family", family]
+    return [*profiler, *sections, *output, sys.executable, launches, "--large", "--family", family,
+            "--backend", backend]  # fmt: skip
 
 
 def read(log: Path) -> tuple[list[dict[str, str]], dict[str, str], list[str]]:
@@ -91,16 +92,17 @@ def table(rows: Sequence[dict[str, str]], units: dict[str, str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, help="of launches.py")
+    parser.add_argument("--backend", required=True, help="cuda or triton")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
     ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if ncu is None:
         parser.error("ncu is neither on PATH nor in /usr/local/cuda/bin")
-    log = options.out / f"profile_{options.family}.csv"
-    code = subprocess.run(command(ncu, options.family, log), check=False).returncode
+    log = options.out / f"profile_{options.family}_{options.backend}.csv"
+    code = subprocess.run(command(ncu, options.family, options.backend, log), check=False).returncode
     rows, units, messages = read(log) if log.exists() else ([], {}, [])
     print("\n".join(messages))
-    text = f"## {options.family} under Nsight Compute\n\n{table(rows, units)}"
+    text = f"## {options.family}, {options.backend}, under Nsight Compute\n\n{table(rows, units)}"
     print(text)
     if rows:
         log.with_suffix(".md").write_text(text)

@@ -206,8 +206,8 @@ def test_a_profile_is_summarised_by_what_binds(tmp_path):
     assert profile.summary(launches[0], units) == [
         "scan_forward<bf16>", "412", "91", "xu 88.5, lsu 30", "33.3", "96", "", "wait 1.5, barrier 0.5",
     ]  # fmt: skip
-    command = profile.command("ncu", "scan", log)
-    assert command[0] == "ncu" and command[-4:] == [command[-4], "--large", "--family", "scan"]
+    command = profile.command("ncu", "scan", "triton", log)
+    assert command[0] == "ncu" and command[-5:] == ["--large", "--family", "scan", "--backend", "triton"]
 
 
 def test_micro_measurements_as_a_table():

@@ -91,6 +91,21 @@ def test_a_call_that_does_the_work_many_times_counts_once():
     assert often.median < once.median
 
 
+def test_a_peer_that_fails_is_named_and_the_others_run():
+    def fail(x):
+        raise RuntimeError("no kernel image\nand more")
+
+    ours, broken, peer = benchmark().run(case(contender("ours"), contender("broken", fail), contender("peer")))
+    assert broken.note == "failed: RuntimeError: no kernel image" and ours.median > 0 and peer.ratio > 0
+
+
+def test_a_failure_of_ours_is_the_exit_code():
+    run = benchmark()
+    run.run(case(contender("rom", lambda x: x + 1), contender("peer")))
+    with pytest.raises(SystemExit, match=r"rom, square .* its result is wrong"):
+        run.finish()
+
+
 def test_a_wrong_result_of_ours_gives_no_ratio():
     rows = benchmark().run(case(contender("ours", lambda x: x + 1), contender("peer")))
     assert rows[0].note and rows[1].median > 0 and rows[1].ratio is None
