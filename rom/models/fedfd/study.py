@@ -1,0 +1,122 @@
+"""Several methods over several seeds: what `rom fed` runs, and what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from rom import files
+from rom.models.fedfd.data import Images, split
+from rom.models.fedfd.distillation import METHODS
+from rom.models.fedfd.federation import Federation, Settings, pooled_accuracy
+
+CHECKPOINT, ROUNDS, TABLE, PLOT = "checkpoint.safetensors", "rounds.csv", "table.md", "accuracy.png"
+GLOBAL, MEAN = "global", "mean of groups"
+
+
+def run(
+    data: Images, settings: Settings, methods: Sequence[str], seeds: Sequence[int], folder: Path, resume: bool
+) -> list[dict[str, object]]:
+    """Runs every method with every seed, each in a subfolder with its checkpoint; returns and writes all rounds.
+
+    A killed study goes on with `resume` where it stopped, at the last finished round.
+
+    Raises:
+        ValueError: an unknown method, or a checkpoint of other settings.
+    """
+    if unknown := sorted(set(methods) - set(METHODS)):
+        raise ValueError(f"expected methods of {', '.join(METHODS)}, got {', '.join(unknown)}.")
+    rows: list[dict[str, object]] = []
+    for seed in seeds:
+        parts = split(data, seed)
+        for method in methods:
+            how = replace(settings.distillation, **METHODS[method])  # type: ignore[arg-type]
+            federation = Federation(parts, replace(settings, seed=seed, distillation=how))
+            _finish(federation, folder / f"{method}-{seed}", resume, f"{method}, seed {seed}")
+            rows += [_row(method, seed, settings.groups[0].name, record) for record in federation.history]
+        ceiling = pooled_accuracy(parts, replace(settings, seed=seed))
+        rows.append({"method": "pooled", "seed": seed, "round": settings.rounds - 1, GLOBAL: ceiling, MEAN: ceiling})
+    with files.replacing(folder / ROUNDS) as partial, open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def _finish(federation: Federation, folder: Path, resume: bool, name: str) -> None:
+    checkpoint = folder / CHECKPOINT
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint.exists():
+        if not resume:
+            raise ValueError(f"{folder} holds a run already. Continue it with --resume, or give another --out.")
+        federation.load(checkpoint)
+    while federation.round < federation.settings.rounds:
+        record = federation.run_round()
+        federation.save(checkpoint)
+        (folder / "history.json").write_text(json.dumps(federation.history, indent=1))
+        shown = "  ".join(f"{group} {value:.3f}" for group, value in record["accuracy"].items())
+        print(f"{name}: round {federation.round} of {federation.settings.rounds}  {shown}", file=sys.stderr, flush=True)
+
+
+def _row(method: str, seed: int, group: str, record: dict[str, object]) -> dict[str, object]:
+    accuracies = record["accuracy"]
+    assert isinstance(accuracies, dict)
+    mean = float(np.mean(list(accuracies.values())))
+    return {"method": method, "seed": seed, "round": record["round"], GLOBAL: accuracies[group], MEAN: mean}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of Student's 95 % interval; NaN half width for a single value."""
+    from scipy import stats  # noqa: PLC0415 - an extra
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, float("nan")
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """Accuracy after the last round per method, mean ± 95 % interval over seeds, as Markdown."""
+    lines = [f"| method | {GLOBAL} model | {MEAN} | seeds |", "|---|---|---|---|"]
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        last = max(int(str(row["round"])) for row in mine)
+        final = [row for row in mine if row["round"] == last]
+        cells = []
+        for column in (GLOBAL, MEAN):
+            mean, half = interval([float(str(row[column])) for row in final])
+            cells.append(f"{mean:.3f} ± {half:.3f}")
+        lines.append(f"| {method} | {cells[0]} | {cells[1]} | {len(final)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
+    """The global model's accuracy per round, a band of one standard deviation over seeds around each mean."""
+    import matplotlib  # noqa: PLC0415 - an extra
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        seeds = sorted({int(str(row["seed"])) for row in mine})
+        curves = np.array([[float(str(row[GLOBAL])) for row in mine if row["seed"] == seed] for seed in seeds])
+        if method == "pooled":
+            axes.axhline(curves.mean(), color="gray", linestyle="--", label="pooled data")
+            continue
+        rounds, mean, deviation = np.arange(1, curves.shape[1] + 1), curves.mean(0), curves.std(0)
+        (line,) = axes.plot(rounds, mean, label=method)
+        axes.fill_between(rounds, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="round", ylabel="test accuracy of the global model", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
