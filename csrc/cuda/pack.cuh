@@ -52,6 +52,38 @@ __device__ __forceinline__ void store_pack(S* p, const Compute<S> (&from)[V]) {
   *reinterpret_cast<Pack<S, V>*>(p) = pack;
 }
 
+// Two neighbours, p aligned to both: one conversion instruction where the hardware has it for pairs.
+template <class S>
+__device__ __forceinline__ float2 load_pair(const S* p) {
+  float pair[2];
+  load_pack(p, pair);
+  return make_float2(pair[0], pair[1]);
+}
+template <class S>
+__device__ __forceinline__ void store_pair(S* p, float2 pair) {
+  const float values[2] = {pair.x, pair.y};
+  store_pack(p, values);
+}
+#if defined(__CUDACC__)
+template <>
+__device__ __forceinline__ float2 load_pair(const bfloat16* p) {
+  const uint32_t bits = *reinterpret_cast<const uint32_t*>(p);
+  return make_float2(float_from_bits(bits << 16), float_from_bits(bits & 0xffff0000u));
+}
+template <>
+__device__ __forceinline__ float2 load_pair(const float16* p) {
+  return __half22float2(*reinterpret_cast<const __half2*>(p));
+}
+template <>
+__device__ __forceinline__ void store_pair(bfloat16* p, float2 pair) {
+  *reinterpret_cast<__nv_bfloat162*>(p) = __float22bfloat162_rn(pair);
+}
+template <>
+__device__ __forceinline__ void store_pair(float16* p, float2 pair) {
+  *reinterpret_cast<__half2*>(p) = __float22half2_rn(pair);
+}
+#endif
+
 // Whether every row of t starts where a pack of `lanes` may start. An absent tensor has no say.
 inline bool rows_aligned(const rom_tensor& t, int64_t lanes) {
   const int64_t element = t.dtype == ROM_FLOAT64 ? 8 : t.dtype == ROM_FLOAT32 ? 4 : 2;

@@ -97,6 +97,7 @@ template <class S, class T, class F>
 __device__ __forceinline__ void each_row(const Problem<T>& p, const Rows& t, const Sequence& s, int64_t step, F f) {
   if (!p.row_index) return f(row<S>(t, s, step));
   const int32_t* numbers = row_numbers(p, s, step);
+#pragma unroll 1
   for (int k = 0; k < p.rows_per_step; ++k) f(row<S>(t, static_cast<int64_t>(numbers[k])));
 }
 // The states of B or C for a step and a group of channels; only if by_time.

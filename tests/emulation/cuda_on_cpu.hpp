@@ -25,6 +25,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 #define __shared__ static  // one block runs at a time, so its shared memory may be a static variable
 #define __syncthreads() emulation::block->barrier.wait()
@@ -150,6 +151,14 @@ T __shfl_up_sync(unsigned, T value, unsigned delta) {
 template <class T>
 T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return emulation::exchange(value, emulation::lane + delta < 32 ? emulation::lane + delta : emulation::lane);
+}
+
+inline bool __all_sync(unsigned, bool value) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const bool other = emulation::exchange(value, emulation::lane ^ static_cast<unsigned>(mask));
+    value = value && other;
+  }
+  return value;
 }
 
 inline cudaError_t cudaGetLastError() {

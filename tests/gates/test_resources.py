@@ -16,6 +16,22 @@ MAX_SHARED = 227 * 1024  # per block on sm_90
 needs_cuobjdump = pytest.mark.skipif(sass.find_cuobjdump() is None, reason="no cuobjdump (CUDA or the triton wheel)")
 
 
+def per_element(code, elements):
+    """Instructions a scan's forward issues per element: the recurrence, the step sizes before it, the gate after it.
+
+    The recurrence is the largest loop with exponentials. The leanest loops with and without a reciprocal are the gate
+    and the step sizes of the usual case; an exponential in them serves one (step, channel), so 16 elements.
+    """
+    loops = [loop for loop in sass.loops(code) if loop.count("MUFU.EX2")]
+    recurrence = max(loops, key=lambda loop: loop.size)
+    others = [loop for loop in loops if loop.count("MUFU.EX2") * 4 < recurrence.count("MUFU.EX2")]
+    around = [
+        min(loop.size / (16 * loop.count("MUFU.EX2")) for loop in others if bool(loop.count("MUFU.RCP")) == gate)
+        for gate in (False, True)
+    ]
+    return recurrence.size / elements + sum(around)
+
+
 def check(row, resources, code):
     """`resources` and `code` of all instantiations of one kernel against its row."""
     for name, used in resources.items():
@@ -27,6 +43,9 @@ def check(row, resources, code):
     if "loop" in row:
         largest = max((loop.size for c in code.values() for loop in sass.loops(c)), default=0)
         assert largest <= row["loop"], f"{largest} instructions in the largest loop > {row['loop']}"
+    for part, elements, most in row.get("budget", []):
+        counts = [per_element(c, elements) for name, c in code.items() if part in name]
+        assert counts and max(counts) <= most, f"{part}: {counts} instructions per element > {most}"
 
 
 @needs_cuobjdump

@@ -54,18 +54,18 @@ def test_any_shape(length, dim, state, batch, seed):
 
 
 @pytest.mark.parametrize("length", [1, 7, 129, 2049])
-def test_lengths(length):
-    compare((1, length, 20), 16, torch.float32)
+def test_lengths(length, device):
+    compare((1, length, 20), 16, torch.float32, device)
 
 
 @pytest.mark.parametrize("state", [1, 3, 64, 256])
-def test_state_counts(state):
-    compare((1, 40, 18), state, torch.float32)
+def test_state_counts(state, device):
+    compare((1, 40, 18), state, torch.float32, device)
 
 
 @pytest.mark.slow
-def test_long_sequence():
-    arguments, options = make((1, 65536, 17), 16, torch.float32)
+def test_long_sequence(device):
+    arguments, options = make((1, 65536, 17), 16, torch.float32, device)
     got = rom.ops.selective_scan(**arguments, **options)
     expected = reference.selective_scan(**{k: v.double() for k, v in arguments.items()}, **options)
     for name, g, e in zip(("out", "final_state"), got, expected):
@@ -74,8 +74,8 @@ def test_long_sequence():
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0)])
 @pytest.mark.parametrize("constant", ["", "BC"])
-def test_empty(shape, constant):
-    arguments, options = make(shape, 3, torch.float32, constant=constant)
+def test_empty(shape, constant, device):
+    arguments, options = make(shape, 3, torch.float32, device, constant=constant)
     out, state, *gradients = outputs_and_gradients(rom.ops.selective_scan, arguments, options)
     assert out.shape == shape and state.shape == (shape[0], shape[2], 3)
     if shape[1] == 0:
@@ -95,14 +95,15 @@ def test_gradcheck_runs_the_native_kernel():
             )
 
 
-def test_strides_are_free():
+def test_strides_are_free(device):
     # Chunks of a projection's output and slices of x_dbl, in both directions, without a copy changing anything.
     batch, length, dim, state = 2, 37, 24, 5
-    u_z = torch.randn(batch, length, 2 * dim)
-    delta_B_C = torch.randn(batch, length, dim + 2 * state)
+    u_z = torch.randn(batch, length, 2 * dim, device=device)
+    delta_B_C = torch.randn(batch, length, dim + 2 * state, device=device)
     delta, B, C = delta_B_C.split([dim, state, state], dim=-1)
     u, z = u_z.chunk(2, dim=-1)
-    A, time_major = -torch.rand(dim, state), torch.randn(length, batch, dim).transpose(0, 1)
+    A = -torch.rand(dim, state, device=device)
+    time_major = torch.randn(length, batch, dim, device=device).transpose(0, 1)
     views = {"u": u, "delta": delta, "A": A.t().contiguous().t(), "B": B, "C": C, "z": z}
     for case in (views, views | {"u": time_major}, views | {"u": time_major[..., ::2].repeat(1, 1, 2)}):
         got = outputs_and_gradients(rom.ops.selective_scan, case, {"delta_softplus": True})
@@ -111,18 +112,18 @@ def test_strides_are_free():
         assert all(torch.equal(g, e) for g, e in zip(got, expected))
 
 
-def test_out_dtype():
-    arguments, options = make((2, 40, 20), 4, torch.bfloat16)
+def test_out_dtype(device):
+    arguments, options = make((2, 40, 20), 4, torch.bfloat16, device)
     out, _ = rom.ops.selective_scan(**arguments, **options, out_dtype=torch.float32)
     assert out.dtype == torch.float32
     expected, _ = reference.selective_scan(**{k: v.double() for k, v in arguments.items()}, **options)
     assert_close("out", out, expected)
-    compare((2, 40, 20), 4, torch.float16, rows=2, out_dtype=torch.float32)
+    compare((2, 40, 20), 4, torch.float16, device, rows=2, out_dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------ identities
-def test_split_equals_whole():
-    arguments, options = make((2, 90, 20), 4, torch.float32)
+def test_split_equals_whole(device):
+    arguments, options = make((2, 90, 20), 4, torch.float32, device)
     whole, final_state = rom.ops.selective_scan(**arguments, **options)
     parts, state = [], arguments["initial_state"]
     for begin, end in ((0, 1), (1, 32), (32, 64), (64, 64), (64, 90)):
@@ -133,9 +134,9 @@ def test_split_equals_whole():
     torch.testing.assert_close(state, final_state, rtol=0, atol=1e-6 * state.abs().max())
 
 
-def test_packed_equals_separate():
+def test_packed_equals_separate(device):
     bounds = [0, 31, 31, 96, 97, 130]
-    arguments, options = make((1, 130, 33), 4, torch.float32, cu_seqlens=bounds)
+    arguments, options = make((1, 130, 33), 4, torch.float32, device, cu_seqlens=bounds)
     packed, states = rom.ops.selective_scan(**arguments, **options)
     del options["cu_seqlens"]
     for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
@@ -146,8 +147,8 @@ def test_packed_equals_separate():
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_row_index_equals_gather_and_scatter(k):
-    arguments, options = make((2, 40, 20), 4, torch.float32, rows=k)
+def test_row_index_equals_gather_and_scatter(k, device):
+    arguments, options = make((2, 40, 20), 4, torch.float32, device, rows=k)
     got, _ = rom.ops.selective_scan(**arguments, **options)
     rows = options.pop("row_index").long().view(80, k)
     gathered = arguments["z"][rows[:, 0]] if k == 1 else arguments["z"][rows[:, 0]] + arguments["z"][rows[:, 1]]
@@ -159,8 +160,8 @@ def test_row_index_equals_gather_and_scatter(k):
 # ------------------------------------------------------------------------------------------------ numerics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("extreme", ["large_delta", "decayed", "tiny_delta", "saturated_gate"])
-def test_extremes(extreme, dtype):
-    arguments, options = make((2, 70, 20), 4, dtype)
+def test_extremes(extreme, dtype, device):
+    arguments, options = make((2, 70, 20), 4, dtype, device)
     if extreme == "large_delta":  # beyond softplus' threshold: delta is the identity, every step forgets
         arguments["delta"] = arguments["delta"] + 25
     elif extreme == "decayed":  # exp(delta A) below the smallest normal number
@@ -181,12 +182,12 @@ def test_extremes(extreme, dtype):
         assert_close(name, g, e, p)
 
 
-def test_no_drift_where_decays_are_near_one():
+def test_no_drift_where_decays_are_near_one(device):
     # a = exp(-1e-4): an exponential that is wrong by 2e-7 on average would add up to 2e-3 here.
     length, dim = 4096, 16
-    u = torch.ones(1, length, dim)
-    delta, A = torch.full_like(u, 1e-3), -torch.linspace(0.05, 0.3, dim)[:, None]
-    B = torch.ones(1, length, 1)
+    u = torch.ones(1, length, dim, device=device)
+    delta, A = torch.full_like(u, 1e-3), -torch.linspace(0.05, 0.3, dim, device=device)[:, None]
+    B = torch.ones(1, length, 1, device=device)
     got = rom.ops.selective_scan(u, delta, A, B, B)
     plain = reference.selective_scan(u, delta, A, B, B)
     expected = reference.selective_scan(*(t.double() for t in (u, delta, A, B, B)))
@@ -194,8 +195,8 @@ def test_no_drift_where_decays_are_near_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_loses_at_most_twice_what_plain_torch_does(dtype):
-    arguments, options = make((2, 200, 40), 16, dtype)
+def test_low_precision_loses_at_most_twice_what_plain_torch_does(dtype, device):
+    arguments, options = make((2, 200, 40), 16, dtype, device)
     got, _ = rom.ops.selective_scan(**arguments, **options)
     expected, _ = reference.selective_scan(**{k: v.double() for k, v in arguments.items()}, **options)
     plain, _ = reference.selective_scan(**arguments, **options)
@@ -205,27 +206,46 @@ def test_low_precision_loses_at_most_twice_what_plain_torch_does(dtype):
 @pytest.mark.parametrize("length", [128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_grid_and_tolerances_of_mamba_ssm(dtype, groups, length):
+def test_grid_and_tolerances_of_mamba_ssm(dtype, groups, length, device):
     """The published grid of mamba_ssm's tests/ops/test_selective_scan.py, with the dtypes it leaves out."""
     if length > 1024 and dtype != torch.float32:
         pytest.skip("its own grid is float32 only")
     rtol, atol = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}[dtype]
-    arguments, options = make((2, length, 4), 8, dtype, groups=groups)
+    arguments, options = make((2, length, 4), 8, dtype, device, groups=groups)
     out, state = rom.ops.selective_scan(**arguments, **options)
     expected, expected_state = reference.selective_scan(**arguments, **options)
     torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
     torch.testing.assert_close(state, expected_state, rtol=rtol, atol=atol)
 
 
-def test_deterministic_whatever_the_thread_count():
+def test_deterministic_whatever_the_thread_count(device):
     for case in ({}, {"constant": "BC"}, {"cu_seqlens": [0, 3, 3, 50, 100]}):
-        arguments, options = make((1 if case.get("cu_seqlens") else 3, 100, 300), 4, torch.float32, **case)
+        arguments, options = make((1 if case.get("cu_seqlens") else 3, 100, 300), 4, torch.float32, device, **case)
         runs = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
             torch.manual_seed(1)
             runs.append(outputs_and_gradients(rom.ops.selective_scan, arguments, options))
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", [8, 16, 32, 128])
+@pytest.mark.parametrize("dim", [2048, 4096])
+def test_many_channels(dim, state):
+    """So many that the CUDA kernels take one or two lanes per channel instead of four."""
+    compare((16, 70, dim), state, torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    arguments, options = make((1, 100, 96), 16, torch.bfloat16, "cuda", cu_seqlens=[0, 40, 40, 100])
+    expected = rom.ops.selective_scan(**arguments, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rom.ops.selective_scan(**arguments, **options)
+    graph.replay()
+    assert all(torch.equal(c, e) for c, e in zip(captured, expected))
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
@@ -243,9 +263,9 @@ def test_every_instruction_set(isa):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tests, env=environment, timeout=120)
 
 
-def test_floor_holds_the_published_accuracy():
+def test_floor_holds_the_published_accuracy(device):
     """Relative to float64, float32 outputs of a trained-like layer stay within 2e-6."""
-    arguments, options = make((1, 512, 96), 16, torch.float32)
+    arguments, options = make((1, 512, 96), 16, torch.float32, device)
     got, _ = rom.ops.selective_scan(**arguments, **options)
     expected, _ = reference.selective_scan(**{k: v.double() for k, v in arguments.items()}, **options)
     assert errors(got, expected)[1] <= 2e-6 < FLOOR[torch.float32]

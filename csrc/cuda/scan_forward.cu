@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Selective scan, forward: which kernel takes a call.
+#include "cuda/scan_forward.cuh"
+#include "cuda/scan_forward_plain.cuh"
+
+namespace {
+
+constexpr int64_t kEnoughWarps =
+    1024;  // about two per scheduler of an H200; a constant: all devices give the same bits
+
+// The fewest lanes per channel that give enough warps. One lane per channel only for 16-bit storage: with float32 its
+// tiles would fill an SM's shared memory with four warps.
+template <class S>
+void launch_forward(const rom_scan_forward_args& a) {
+  const Problem<float> p = problem_of<float>(a);
+  if (!p.B.by_time || !p.C.by_time || p.state > 128) return launch_plain<S>(a);
+  const auto enough = [&](int lanes) { return p.sequences * p.dim * lanes >= kEnoughWarps * 32 * kLaneChannels; };
+  if constexpr (sizeof(S) == 2)
+    if (p.state <= 16 && enough(1))
+      return p.state <= 8 ? launch_tiled<Shape<S, 1, 8, 2>>(a) : launch_tiled<Shape<S, 1, 16, 2>>(a);
+  if (p.state <= 8) return launch_tiled<Shape<S, 2, 4, 4>>(a);
+  if (p.state <= 16) return enough(2) ? launch_tiled<Shape<S, 2, 8, 4>>(a) : launch_tiled<Shape<S, 4, 4, 4>>(a);
+  if (p.state <= 32) return enough(2) ? launch_tiled<Shape<S, 2, 16, 4>>(a) : launch_tiled<Shape<S, 8, 4, 4>>(a);
+  if (p.state <= 64) return launch_tiled<Shape<S, 4, 16, 4>>(a);
+  launch_tiled<Shape<S, 8, 16, 4>>(a);
+}
+
+}  // namespace
+
+extern "C" int64_t rom_scan_forward_workspace_cuda(const rom_scan_forward_args*) { return 0; }
+
+extern "C" rom_status rom_scan_forward_cuda(const rom_scan_forward_args* args) {
+  const rom_scan_forward_args& a = *args;
+  const int64_t sequences = a.cu_seqlens.data ? a.cu_seqlens.size[0] - 1 : a.u.size[0];
+  if (sequences == 0 || a.u.size[2] == 0) return ROM_OK;
+  switch (a.u.dtype) {
+    case ROM_FLOAT32: launch_forward<float>(a); break;
+    case ROM_BFLOAT16: launch_forward<bfloat16>(a); break;
+    case ROM_FLOAT16: launch_forward<float16>(a); break;
+    case ROM_FLOAT64: launch_plain<double>(a); break;
+    default: return rom_fail(ROM_UNSUPPORTED, "dtype %d of u is not supported", a.u.dtype);
+  }
+  return launch_status("scan_forward");
+}
