@@ -34,6 +34,7 @@ BENCHMARKS_FOLDER = ROOT / "benchmarks"
 TESTS = ROOT / "tests"
 PYTHON = sys.executable
 PART_SECONDS = 240
+CUDA_BIN = "/usr/local/cuda/bin"  # looked into after PATH
 # What a machine says that runs programs on the GPU but lets no tool look into it.
 NO_SANITIZER = r"Device not supported.*|Unable to find injection library.*"
 NO_COUNTERS = r"ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to (initialize the profiler|prepare kernel).*"
@@ -61,46 +62,41 @@ def visible_gpu() -> tuple[str, str]:
     return torch.cuda.get_device_name(), f"{major}{minor}{'a' if major >= 9 else ''}-real"
 
 
-def find_tool(name: str) -> str | None:
-    """The path of one of CUDA's tools, or None."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-
-
 def missing(tool: str) -> str:
     """Why a step that needs `tool` cannot run; empty if it can."""
-    return "" if find_tool(tool) else f"{tool} is neither on PATH nor in /usr/local/cuda/bin"
+    return "" if shutil.which(tool) else f"{tool} is neither on PATH nor in {CUDA_BIN}"
 
 
 # ------------------------------------------------------------------------------------------------ the parts
 def build_part(architecture: str) -> list[Step]:
+    """Without nvcc Triton alone serves the GPU."""
     install = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", str(ROOT)]
-    environment = (("ROM_CUDA", "on"), ("ROM_CUDA_ARCHS", architecture))
-    nvcc = "" if shutil.which("nvcc") else "nvcc is not on PATH; Triton serves the GPU"
-    return [Step("install", install, ROOT, environment, nvcc, kept=False)]
+    environment = (("ROM_CUDA", "off" if missing("nvcc") else "on"), ("ROM_CUDA_ARCHS", architecture))
+    return [Step("install", install, ROOT, environment, kept=False)]
 
 
 def tests_part() -> list[Step]:
-    """The operators, then everything above them; one line per test, so that a cut-off log shows how far it came."""
+    """One line per test, so that a cut-off log shows how far it came."""
     pytest = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu"]
     if importlib.util.find_spec("xdist"):  # launches and compilers wait for a core, not for the GPU
         pytest += ["-n", "8", "--dist", "worksteal"]
-    return [Step("ops", [*pytest, "ops"], TESTS, weight=4), Step("rest", [*pytest, "--ignore", "ops"], TESTS)]
+    return [Step("pytest", pytest, TESTS)]
 
 
 def sanitizer_part() -> list[Step]:
     """Small launches of every kernel; without torch's caching, which hides accesses behind the end of a tensor."""
     environment = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    tool = [find_tool("compute-sanitizer") or "", "--error-exitcode", "9", "--tool"]
+    tool = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     launches = [PYTHON, str(BENCHMARKS_FOLDER / "launches.py")]
     why = missing("compute-sanitizer")
     return [
-        Step(name, [*tool, name, *launches], ROOT / "tests", environment, why, NO_SANITIZER)
+        Step(name, [*tool, name, *launches], TESTS, environment, why, NO_SANITIZER)
         for name in ("memcheck", "racecheck", "synccheck")
     ]
 
 
 def profile_part(out: Path) -> list[Step]:
-    """By family and backend: ncu writes at its end, so that a cut-off loses all of a step."""
+    """Steps by family and backend: ncu writes when it ends, so a cut-off loses all of its step."""
     script = str(BENCHMARKS_FOLDER / "profile_kernels.py")
 
     def step(family: str, backend: str, weight: float) -> Step:
@@ -113,7 +109,7 @@ def profile_part(out: Path) -> list[Step]:
 
 
 def peers_part(out: Path, sdists: Path | None) -> list[Step]:
-    """Their failure is theirs: the benchmarks then name them as missing."""
+    """A peer that cannot be built is named as missing by the benchmarks."""
     command = [PYTHON, str(BENCHMARKS_FOLDER / "build_peers.py"), "--sdists", str(sdists), "--out", str(out / "peers")]
     why = "" if sdists else "--peers gives no folder with source distributions"
     load = "import torch, selective_scan_cuda, causal_conv1d; print(selective_scan_cuda.__file__)"
@@ -187,6 +183,8 @@ def arguments(names: Sequence[str]) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
+    if CUDA_BIN not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] += os.pathsep + CUDA_BIN
     names = list(parts(Path(), "", None))
     parser = arguments(names)
     options = parser.parse_args(argv)

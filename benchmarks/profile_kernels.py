@@ -27,10 +27,10 @@ MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "
 HEADS = ("kernel", "µs", "issue slots %", "pipes %", "DRAM %", "registers", "occupancy %", "warps wait for")
 
 
-def command(ncu: str, family: str, backend: str, log: Path) -> list[str]:
+def command(family: str, backend: str, log: Path) -> list[str]:
     sections = [part for name in SECTIONS for part in ("--section", name)]
     output = ["--page", "raw", "--csv", "--log-file", str(log)]
-    profiler = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"]
+    profiler = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"]
     launches = str(Path(__file__).with_name("launches.py"))
     return [*profiler, *sections, *output, sys.executable, launches, "--large", "--family", family,
             "--backend", backend]  # fmt: skip
@@ -95,11 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", required=True, help="cuda or triton")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
-    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
-    if ncu is None:
-        parser.error("ncu is neither on PATH nor in /usr/local/cuda/bin")
+    if shutil.which("ncu") is None:
+        parser.error("ncu is not on PATH")
     log = options.out / f"profile_{options.family}_{options.backend}.csv"
-    code = subprocess.run(command(ncu, options.family, options.backend, log), check=False).returncode
+    code = subprocess.run(command(options.family, options.backend, log), check=False).returncode
     rows, units, messages = read(log) if log.exists() else ([], {}, [])
     print("\n".join(messages))
     text = f"## {options.family}, {options.backend}, under Nsight Compute\n\n{table(rows, units)}"

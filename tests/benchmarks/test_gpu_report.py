@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # the report adds to it
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_without_a_gpu_every_step_is_skipped_and_says_why(report, tmp_path, caps
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert report.main(["--out", str(tmp_path)]) == 0
     printed, records = capsys.readouterr().out, lines(tmp_path)
-    assert [r["part"] for r in records if r["step"] in ("install", "ops", "compile", "forward")] == [
+    assert [r["part"] for r in records if r["step"] in ("install", "pytest", "compile", "forward")] == [
         "build", "tests", "peers", "scan", "conv",
     ]  # fmt: skip
     assert {r["part"] for r in records} >= {*report.ORDER, *report.BENCHMARKS}
@@ -61,13 +62,14 @@ def test_without_a_gpu_every_step_is_skipped_and_says_why(report, tmp_path, caps
 
 def test_a_missing_tool_or_folder_is_named(report, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(report, "find_tool", lambda name: None)
     parts = report.parts(tmp_path, "90a-real", None)
     for part, reason in {
-        "sanitizer": "compute-sanitizer is neither", "profile": "ncu is neither", "build": "nvcc", "micro": "nvcc",
-        "peers": "--peers gives no folder",
+        "sanitizer": "compute-sanitizer is neither on PATH nor in", "profile": "ncu is neither",
+        "micro": "nvcc is neither", "peers": "--peers gives no folder",
     }.items():  # fmt: skip
         assert all(reason in step.unavailable for step in parts[part]), part
+    (build,) = parts["build"]
+    assert not build.unavailable and ("ROM_CUDA", "off") in build.environment  # Triton serves the GPU
 
 
 def test_failures_and_the_time_limit_are_kept_as_they_come(steps, journal, tmp_path):
@@ -206,7 +208,7 @@ def test_a_profile_is_summarised_by_what_binds(tmp_path):
     assert profile.summary(launches[0], units) == [
         "scan_forward<bf16>", "412", "91", "xu 88.5, lsu 30", "33.3", "96", "", "wait 1.5, barrier 0.5",
     ]  # fmt: skip
-    command = profile.command("ncu", "scan", "triton", log)
+    command = profile.command("scan", "triton", log)
     assert command[0] == "ncu" and command[-5:] == ["--large", "--family", "scan", "--backend", "triton"]
 
 
