@@ -34,8 +34,10 @@ __device__ __forceinline__ bfloat16 rounded(float x) {
 }
 #endif
 
+// Aligned to the largest power of two that divides its size, 16 at most.
+constexpr size_t pack_alignment(size_t bytes) { return (bytes & -bytes) < 16 ? bytes & -bytes : 16; }
 template <class S, int V>
-struct alignas(sizeof(S) * V < 16 ? sizeof(S) * V : 16) Pack {
+struct alignas(pack_alignment(sizeof(S) * V)) Pack {
   S lane[V];
 };
 
@@ -84,11 +86,38 @@ __device__ __forceinline__ void store_pair(float16* p, float2 pair) {
 }
 #endif
 
-// Whether every row of t starts where a pack of `lanes` may start. An absent tensor has no say.
+// Whether every row of t (along its last dimension) starts where a pack of `lanes` may start. An absent tensor has no
+// say.
 inline bool rows_aligned(const rom_tensor& t, int64_t lanes) {
   const int64_t element = t.dtype == ROM_FLOAT64 ? 8 : t.dtype == ROM_FLOAT32 ? 4 : 2;
   const int64_t bytes = lanes * element < 16 ? lanes * element : 16;
-  const bool start = reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(bytes) == 0;
-  return !t.data || (start && (t.ndim < 2 || t.size[0] < 2 || t.stride[0] % lanes == 0));
+  if (!t.data) return true;
+  for (int i = 0; i + 1 < t.ndim; ++i)
+    if (t.size[i] > 1 && t.stride[i] % lanes != 0) return false;
+  return reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// The rom_dtype of a storage type.
+template <class S>
+constexpr int kDtype = ROM_FLOAT32;
+template <>
+constexpr int kDtype<bfloat16> = ROM_BFLOAT16;
+template <>
+constexpr int kDtype<float16> = ROM_FLOAT16;
+template <>
+constexpr int kDtype<double> = ROM_FLOAT64;
+
+template <class S>
+struct Type {};
+// f(Type<S>) for the storage type of that rom_dtype; false if there is none.
+template <class F>
+bool with_storage_type(int dtype, F f) {
+  switch (dtype) {
+    case ROM_FLOAT32: f(Type<float>{}); return true;
+    case ROM_BFLOAT16: f(Type<bfloat16>{}); return true;
+    case ROM_FLOAT16: f(Type<float16>{}); return true;
+    case ROM_FLOAT64: f(Type<double>{}); return true;
+    default: return false;
+  }
 }
 }  // namespace

@@ -42,6 +42,14 @@ def check_slot_values(op: str, slots: int, state_indices: torch.Tensor | None) -
         _op.fail(op, "every slot at most once in state_indices", str(state_indices.tolist()))
 
 
+def readable(tensor: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+    """B, C or a parameter in a dtype the native kernels read: the compute dtype, on CUDA the activations' too."""
+    compute = _op.compute_dtype(activations.dtype)
+    if tensor.dtype == compute or (activations.is_cuda and tensor.dtype == activations.dtype):
+        return tensor
+    return tensor.to(compute)
+
+
 def mark_overwritten(state: torch.Tensor) -> None:
     """Lets autograd notice when a tensor it saved was this state."""
     if not state.is_inference():

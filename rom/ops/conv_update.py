@@ -32,7 +32,8 @@ def causal_conv1d_update(
         bias: `[dim]`, any floating dtype.
         activation: None, "silu" or "swish" (the same).
         state_indices: int32 `[batch]`, the slot of each sequence; negative is padding: its output is 0 and no state
-            changes. None: sequence b owns slot b, and slots equals batch.
+            changes. None: sequence b owns slot b, and slots equals batch. Never read on a GPU's host: there a slot out
+            of range gives NaN.
 
     Returns:
         out like x.
@@ -93,7 +94,6 @@ def _kernel(
     activation: str | None,
     state_indices: torch.Tensor | None,
 ) -> torch.Tensor:
-    compute = _op.compute_dtype(x.dtype)
     steps = x if x.dim() == 3 else x.unsqueeze(1)
     out = native.empty(steps.shape, x.dtype, x.device)
     kernels.call(
@@ -102,8 +102,8 @@ def _kernel(
         silu=int(activation is not None),
         x=_op.unit_stride(steps),
         conv_state=conv_state,
-        weight=weight.to(compute).contiguous(),
-        bias=None if bias is None else bias.to(compute).contiguous(),
+        weight=_decode.readable(weight, x).contiguous(),
+        bias=None if bias is None else _decode.readable(bias, x).contiguous(),
         state_indices=None if state_indices is None else state_indices.contiguous(),
         out=out,
     )

@@ -44,7 +44,8 @@ def selective_state_update(
         delta_bias: `[dim]`, any floating dtype.
         delta_softplus: applies softplus to delta.
         state_indices: int32 `[batch]`, the slot of each sequence; negative is padding: its output is 0 and no state
-            changes. None: sequence b owns slot b, and slots equals batch.
+            changes. None: sequence b owns slot b, and slots equals batch. Never read on a GPU's host: there a slot out
+            of range gives NaN.
 
     Returns:
         out like u. Everything is computed in float32 (float64 for float64).
@@ -150,11 +151,16 @@ def _native(
         return _op.unit_stride(tensor if tensor is None or tensor.dim() == 3 else tensor.unsqueeze(1))
 
     def parameter(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(state.dtype).contiguous()
+        return None if tensor is None else _decode.readable(tensor, u).contiguous()
+
+    def by_group(tensor: torch.Tensor) -> torch.Tensor:
+        return reference.by_group(_op.unit_stride(tensor), batch, length, dim, u.dim())  # type: ignore[arg-type]
 
     batch, dim = u.shape[0], u.shape[-1]
     length = u.shape[1] if u.dim() == 3 else 1
-    B, C = (_op.unit_stride(t.to(state.dtype)) for t in (B, C))  # type: ignore[assignment]
+    B, C = (_decode.readable(t, u) for t in (B, C))
+    if B.dtype != C.dtype:
+        B, C = (t.to(state.dtype) for t in (B, C))
     out = native.empty((batch, length, dim), u.dtype, u.device)
     native.call(
         "state_update",
@@ -162,9 +168,9 @@ def _native(
         state=state,
         u=steps(u),
         delta=steps(delta),
-        A=parameter(A),
-        B=reference.by_group(B, batch, length, dim, u.dim()),
-        C=reference.by_group(C, batch, length, dim, u.dim()),
+        A=A.to(state.dtype).contiguous(),
+        B=by_group(B),
+        C=by_group(C),
         D=parameter(D),
         z=steps(z),
         delta_bias=parameter(delta_bias),

@@ -9,6 +9,8 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 FAMILIES = ["norm", "scan_forward"]
+# Many instances and no barrier: by default these are built only with a sanitizer, once each.
+DECODE = ["state_update", "conv_update"]
 # Removing any barrier must be noticed: (family, source, statement, which of them).
 MUTANTS = [("norm", "reduce.cuh", "__syncthreads();", 1)]
 SLOW_MUTANTS = [
@@ -29,7 +31,7 @@ def build(family, folder, sanitizer="", csrc=CSRC, quick=False):
     `quick` defines QUICK for tests that then include the few kernels they run, instead of linking all of the source.
     """
     program = folder / f"{family}{sanitizer.replace(',', '_')}"
-    flags = ["-std=c++20", "-O0", "-g", "-pthread", "-DROM_CUDA_ON_CPU"]
+    flags = ["-std=c++20", "-O0", "-g1", "-pthread", "-DROM_CUDA_ON_CPU"]
     flags += [f"-I{folder}" for folder in (csrc, csrc / "include", HERE)]
     sources = [csrc / "core" / "status.cpp", HERE / f"test_{family}.cpp"]
     if quick and "QUICK" in sources[1].read_text():
@@ -48,7 +50,7 @@ def run(program, *arguments):
     return result
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in DECODE)])
 def test_against_a_double_loop(family, tmp_path):
     result = run(build(family, tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -59,6 +61,17 @@ def test_against_a_double_loop(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_under_a_sanitizer(family, sanitizer, arguments, tmp_path):
     result = run(build(family, tmp_path, sanitizer, quick=bool(arguments)), *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "sanitizer, arguments",
+    [("thread", ("quick",)), ("address", ("quick",)), pytest.param("address,undefined", (), marks=pytest.mark.slow)],
+    ids=["thread", "address", "all"],
+)
+@pytest.mark.parametrize("family", DECODE)
+def test_decode_under_a_sanitizer(family, sanitizer, arguments, tmp_path):
+    result = run(build(family, tmp_path, sanitizer), *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -62,7 +62,10 @@ def test_cuda(source, tmp_path):
     for kernel, row in rows.items():
         names = [name for name, found in kernels.items() if kernel in found]
         assert names, f"{source} has no kernel {kernel} any more"
-        check(row, {n: used[n] for n in names}, {n: code[n] for n in names})
+        for limits in (row, *row.get("instances", [])):
+            chosen = [name for name in names if limits.get("match", "") in name]
+            assert chosen, f"{source}: no instance of {kernel} has {limits['match']} in its name"
+            check(limits, {n: used[n] for n in chosen}, {n: code[n] for n in chosen})
 
 
 @needs_cuobjdump

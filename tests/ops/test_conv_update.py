@@ -25,11 +25,7 @@ def make(batch, steps, dim, width, dtype=torch.float32, state_dtype=None, slots=
     return tuple(t.to(device) for t in (x, state, *parameters))
 
 
-@pytest.mark.parametrize("steps", [None, 1, 5])
-@pytest.mark.parametrize("width", [2, 3, 4])
-@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "-".join(str(d).removeprefix("torch.") for d in p))
-def test_matches_float64(dtypes, width, steps, device):
-    x, state, weight, bias = make(3, steps, 45, width, *dtypes, device=device)
+def compare(x, state, weight, bias):
     expected_state, plain_state = state.double().clone(), state.clone()
     expected = reference.causal_conv1d_update(x.double(), expected_state, weight, bias, "silu")
     plain = reference.causal_conv1d_update(x, plain_state, weight, bias, "silu")
@@ -37,6 +33,60 @@ def test_matches_float64(dtypes, width, steps, device):
     assert got.dtype == x.dtype and got.shape == x.shape
     assert_close("out", got, expected, plain)
     assert torch.equal(state.double(), expected_state)
+
+
+@pytest.mark.parametrize("steps", [None, 1, 5])
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "-".join(str(d).removeprefix("torch.") for d in p))
+def test_matches_float64(dtypes, width, steps, device):
+    compare(*make(3, steps, 45, width, *dtypes, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(128, None, 1536, 4), (3, 4, 250, 3), (2, 3, 77, 2), (5000, None, 8, 4)], ids=str)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "-".join(str(d).removeprefix("torch.") for d in p))
+def test_cuda_kernel(dtypes, shape):
+    """Several sequences per thread; weight and bias are read in either dtype, uncast; a rerun gives the same bits."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU is visible")
+    x, state, weight, bias = make(*shape, *dtypes, device="cuda")
+    with rom.backend("cuda"):
+        for parameters in ((weight, bias), (weight.to(x.dtype), bias), (weight.to(x.dtype), bias.to(x.dtype))):
+            states = [state.clone() for _ in range(3)]
+            runs = [rom.ops.causal_conv1d_update(x, mine, *parameters, "silu") for mine in states[:2]]
+            assert torch.equal(*runs) and torch.equal(*states[:2])
+            compare(x, states[2], *parameters)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_follows_the_indices():
+    """The host never reads the indices: a captured step runs on whatever slots they name at replay."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU is visible")
+    x, state, weight, bias = make(3, None, 200, 4, torch.bfloat16, slots=6, device="cuda")
+    before = state.clone()
+    indices = torch.full((3,), -1, dtype=torch.int32, device="cuda")
+    with rom.backend("cuda"), torch.no_grad():
+        rom.ops.causal_conv1d_update(x, state, weight, bias, "silu", indices)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = rom.ops.causal_conv1d_update(x, state, weight, bias, "silu", indices)
+        for names in ([4, -1, 0], [1, 2, 6]):
+            state.copy_(before)
+            indices.copy_(torch.tensor(names))
+            graph.replay()
+            valid = [row for row, slot in enumerate(names) if 0 <= slot < 6]
+            slots = [names[row] for row in valid]
+            alone = before[slots].clone()
+            assert torch.equal(out[valid], rom.ops.causal_conv1d_update(x[valid], alone, weight, bias, "silu"))
+            assert torch.equal(state[slots], alone)
+            others = [slot for slot in range(6) if slot not in slots]
+            assert torch.equal(state[others], before[others])
+            if -1 in names:
+                assert not out[names.index(-1)].any()
+            if 6 in names:
+                assert out[names.index(6)].isnan().all()
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -73,8 +123,8 @@ def test_strided_state_and_input(device):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
-def test_empty(shape):
-    x, state, weight, bias = make(*shape, 4)
+def test_empty(shape, device):
+    x, state, weight, bias = make(*shape, 4, device=device)
     before = state.clone()
     assert rom.ops.causal_conv1d_update(x, state, weight, bias).shape == shape
     assert torch.equal(state, before)

@@ -11,13 +11,25 @@ from rom.reference import state_update as reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def make(batch, steps, dim, states, dtype=torch.float32, *, groups=None, constant=False, slots=None, optional=True):
+def make(
+    batch,
+    steps,
+    dim,
+    states,
+    dtype=torch.float32,
+    *,
+    groups=None,
+    constant=False,
+    slots=None,
+    optional=True,
+    device="cpu",
+):
     """Arguments as a dict. groups None: B and C without that dimension; constant: (dim, state)."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     lead = (batch,) if steps is None else (batch, steps)
 
     def normal(*shape, dtype=compute):
-        return torch.randn(shape).to(dtype)
+        return torch.randn(shape, device=device).to(dtype)
 
     def coefficient():
         if constant:
@@ -28,7 +40,7 @@ def make(batch, steps, dim, states, dtype=torch.float32, *, groups=None, constan
         "state": normal(slots or batch, dim, states),
         "u": normal(*lead, dim, dtype=dtype),
         "delta": normal(*lead, dim, dtype=dtype),
-        "A": -torch.rand(dim, states, dtype=compute) - 0.1,
+        "A": -torch.rand(dim, states, dtype=compute, device=device) - 0.1,
         "B": coefficient(),
         "C": coefficient(),
         "D": normal(dim) if optional else None,
@@ -55,8 +67,62 @@ def compare(arguments):
 @pytest.mark.parametrize("steps", [None, 1, 4])
 @pytest.mark.parametrize("states", [1, 8, 16, 37])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_matches_float64(dtype, states, steps):
-    compare(make(3, steps, 45, states, dtype))
+def test_matches_float64(dtype, states, steps, device):
+    compare(make(3, steps, 45, states, dtype, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parameters", ["float32", "like u"])
+@pytest.mark.parametrize(
+    "shape", [(128, None, 1536, 16), (3, 4, 250, 256), (2, 3, 77, 150), (5000, None, 8, 16)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_cuda_kernel(dtype, shape, parameters):
+    """Several sequences per thread, whole packs and single elements; parameters are read in either dtype, uncast."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU is visible")
+    a = make(*shape, dtype, device="cuda")
+    if parameters == "like u":
+        a |= {name: a[name].to(dtype) for name in ("D", "delta_bias")}
+    else:
+        a |= {name: a[name].to(a["A"].dtype) for name in ("B", "C")}
+    with rom.backend("cuda"):
+        states = [a["state"].clone() for _ in range(2)]
+        runs = [rom.ops.selective_state_update(**(a | {"state": state})) for state in states]
+        compare(a)
+    assert torch.equal(*runs) and torch.equal(*states)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_follows_the_indices():
+    """The host never reads the indices: a captured step runs on whatever slots they name at replay."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU is visible")
+    a = make(3, None, 200, 16, torch.bfloat16, slots=6, device="cuda")
+    before = a["state"].clone()
+    indices = torch.full((3,), -1, dtype=torch.int32, device="cuda")
+    with rom.backend("cuda"), torch.no_grad():
+        rom.ops.selective_state_update(**a, state_indices=indices)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = rom.ops.selective_state_update(**a, state_indices=indices)
+        for names in ([4, -1, 0], [1, 2, 6]):
+            a["state"].copy_(before)
+            indices.copy_(torch.tensor(names))
+            graph.replay()
+            valid = [row for row, slot in enumerate(names) if 0 <= slot < 6]
+            slots = [names[row] for row in valid]
+            alone = before[slots].clone()
+            rows = {k: a[k][valid] for k in ("u", "delta", "B", "C", "z")}
+            assert torch.equal(out[valid], rom.ops.selective_state_update(**(a | rows | {"state": alone})))
+            assert torch.equal(a["state"][slots], alone)
+            others = [slot for slot in range(6) if slot not in slots]
+            assert torch.equal(a["state"][others], before[others])
+            if -1 in names:
+                assert not out[names.index(-1)].any()
+            if 6 in names:
+                assert out[names.index(6)].isnan().all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,18 +182,19 @@ def test_steps_equal_scan():
     assert_close("state", state, final.double())
 
 
-def test_every_optional_argument_may_be_none():
+def test_every_optional_argument_may_be_none(device):
     """mamba_ssm's function of the same name crashes without z, D or dt_bias on some paths."""
-    a = make(2, None, 20, 16)
+    a = make(2, None, 20, 16, device=device)
     for missing in (["D"], ["z"], ["delta_bias"], ["D", "z", "delta_bias"]):
         compare(a | dict.fromkeys(missing) | {"state": a["state"].clone()})
 
 
-def test_state_indices():
-    a = make(4, 2, 20, 16, slots=7)
+def test_state_indices(device):
+    a = make(4, 2, 20, 16, slots=7, device=device)
     state = a.pop("state")
     before = state.clone()
-    out = rom.ops.selective_state_update(state, **a, state_indices=torch.tensor([5, -1, 0, -7], dtype=torch.int32))
+    indices = torch.tensor([5, -1, 0, -7], dtype=torch.int32, device=device)
+    out = rom.ops.selective_state_update(state, **a, state_indices=indices)
     assert not out[1].any() and not out[3].any()
     for row, slot in ((0, 5), (2, 0)):
         alone = before[slot : slot + 1].clone()
@@ -138,9 +205,9 @@ def test_state_indices():
     assert torch.equal(state[untouched], before[untouched])
 
 
-def test_strided_state_and_views():
-    a = make(3, 2, 24, 16)
-    layers = torch.randn(3, 2, 24, 16)
+def test_strided_state_and_views(device):
+    a = make(3, 2, 24, 16, device=device)
+    layers = torch.randn(3, 2, 24, 16, device=device)
     layers[:, 1] = a["state"]
     both = torch.cat([a["u"], a["z"]], -1)
     u, z = both.chunk(2, -1)
@@ -158,9 +225,9 @@ def test_deterministic_whatever_the_thread_count():
     assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run))
 
 
-def test_extremes():
-    a = make(2, None, 20, 16)
-    a["delta"] = torch.tensor([1e-20, 200.0]).repeat(10).expand(2, 20)
+def test_extremes(device):
+    a = make(2, None, 20, 16, device=device)
+    a["delta"] = torch.tensor([1e-20, 200.0], device=device).repeat(10).expand(2, 20)
     a["A"] = torch.cat([a["A"][:, :8] * 100, a["A"][:, 8:] * 1e-6], 1)
     compare(a)
 

@@ -31,7 +31,8 @@ typedef struct {
 } rom_conv_backward_args;
 
 /* The same on a state kept in place: x and out (batch, steps, dim) with unit stride along dim, conv_state (slots, dim,
- * width) of any strides in x's dtype or the compute type, weight here (dim, width) contiguous.
+ * width) of any strides in x's dtype or the compute type, weight here (dim, width) contiguous. weight and bias are in
+ * the compute type; on CUDA each may be in x's type as well.
  * state_indices (batch) int32: slot of each row, negative is padding (out is 0, nothing else happens); may be absent.
  */
 typedef struct {
@@ -45,6 +46,8 @@ rom_status rom_conv_forward_cpu(const rom_conv_forward_args* args);
 rom_status rom_conv_backward_cpu(const rom_conv_backward_args* args);
 int64_t rom_conv_backward_workspace_cpu(const rom_conv_backward_args* args);
 rom_status rom_conv_update_cpu(const rom_conv_update_args* args);
+/* An index of no slot: out is NaN, nothing else happens. */
+rom_status rom_conv_update_cuda(const rom_conv_update_args* args);
 
 #ifdef __cplusplus
 }

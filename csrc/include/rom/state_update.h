@@ -7,13 +7,17 @@ extern "C" {
 #endif
 
 /* The selective scan's decode step, per channel d and state n, for every step in turn:
- *   state = exp(delta A) state + delta B u;   out = (sum_n C state + D u) silu(z);   delta = softplus(delta +
- * delta_bias) state (slots, dim, state) with unit stride along the last, A (dim, state), D and delta_bias (dim):
- * compute type (float64 for float64, else float32); A, D, delta_bias contiguous; D, z, delta_bias may be absent u,
- * delta, z, out (batch, steps, dim) of one storage type, unit stride along dim B, C (batch, steps, groups, state) in
- * the compute type, unit stride along state, group g serves dim / groups channels; constant over time: stride 0 along
- * batch and steps, one group per channel state_indices (batch) int32: slot of each row, negative is padding (out is 0,
- * nothing else happens); may be absent */
+ *   delta = softplus(delta + delta_bias);   state = exp(delta A) state + delta B u;
+ *   out = (sum_n C state + D u) silu(z)
+ * state (slots, dim, state) with unit stride along the last, A (dim, state) contiguous: in the compute type (float64
+ * for float64, else float32).
+ * u, delta, z, out (batch, steps, dim) of one storage type, unit stride along dim.
+ * B, C (batch, steps, groups, state) with unit stride along state; group g serves dim / groups channels. Constant over
+ * time: stride 0 along batch and steps, one group per channel.
+ * D, delta_bias (dim) contiguous; D, z, delta_bias may be absent. B, C, D and delta_bias are in the compute type; on
+ * CUDA each may be in u's type as well.
+ * state_indices (batch) int32: slot of each row, negative is padding (out is 0, nothing else happens); may be absent.
+ */
 typedef struct {
   rom_launch launch;
   int64_t delta_softplus;
@@ -22,6 +26,8 @@ typedef struct {
 } rom_state_update_args;
 
 rom_status rom_state_update_cpu(const rom_state_update_args* args);
+/* At most 256 states. An index of no slot: out is NaN, nothing else happens. */
+rom_status rom_state_update_cuda(const rom_state_update_args* args);
 
 #ifdef __cplusplus
 }
