@@ -33,7 +33,7 @@ def update_kernel(
     column = conv_state + slot * state_slot + c[:, None] * state_channel
     channel = c < dim
     inside = channel[:, None] & (k < WIDTH)[None, :]
-    taps = tl.load(weight + c[:, None] * WIDTH + k[None, :], mask=inside, other=0.0)
+    taps = tl.load(weight + c[:, None] * WIDTH + k[None, :], mask=inside, other=0.0).to(COMPUTE)
     window = tl.zeros_like(taps)
     for t in range(steps):
         place = (k + t + 1)[None, :]
@@ -42,7 +42,7 @@ def update_kernel(
         window = old + tl.load(step, mask=inside & live & (place >= WIDTH), other=0.0).to(COMPUTE)
         y = tl.sum(taps * window, 1)
         if bias is not None:
-            y += tl.load(bias + c, mask=channel, other=0.0)
+            y += tl.load(bias + c, mask=channel, other=0.0).to(COMPUTE)
         if SILU:
             y *= sigmoid(y)
         y = tl.where(live, y, 0.0)
