@@ -113,15 +113,18 @@ def compile_units(peer: Peer, units: dict[str, str], sources: Path, work: Path, 
     flags += [part for folder in includes for part in ("-isystem", folder)]
 
     def compile_one(unit: str) -> str:
-        source, start = work / unit, time.perf_counter()
+        source, target, start = work / unit, work / f"{unit}.o", time.perf_counter()
+        if target.exists() and source.read_text() == units[unit]:  # of a build that was cut short
+            return ""
         source.write_text(units[unit])
+        command = ["nvcc", *flags, "-c", str(source), "-o", f"{target}.partial"]
         with open(work / f"{unit}.log", "w") as log:
-            done = subprocess.run(
-                ["nvcc", *flags, "-c", source, "-o", f"{source}.o"], check=False, stdout=log, stderr=log
-            )
+            failed = subprocess.run(command, check=False, stdout=log, stderr=log).returncode
+        if not failed:
+            os.replace(f"{target}.partial", target)
         seconds = time.perf_counter() - start
-        print(f"{peer.name} {unit} {'failed' if done.returncode else 'compiled'} in {seconds:.0f} s", flush=True)
-        return unit if done.returncode else ""
+        print(f"{peer.name} {unit} {'failed' if failed else 'compiled'} in {seconds:.0f} s", flush=True)
+        return unit if failed else ""
 
     with ThreadPoolExecutor(jobs) as pool:  # the long ones first
         failed = list(filter(None, pool.map(compile_one, sorted(units, key=lambda unit: "bwd" not in unit))))

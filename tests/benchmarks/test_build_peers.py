@@ -70,6 +70,19 @@ def test_peers_are_compiled_unit_by_unit(peers, sdists, nvcc, tmp_path, capsys):
     assert peers.main(arguments) == 0 and capsys.readouterr().out.count("already") == 2
 
 
+def test_a_build_that_was_cut_short_goes_on(peers, nvcc, tmp_path, capsys):
+    def run(**units):
+        units = {f"{name}.cu": text for name, text in units.items()}
+        peers.compile_units(peers.CONV, units, tmp_path, tmp_path, "90a", 1)
+        return capsys.readouterr().out.splitlines()
+
+    with pytest.raises(peers.BuildError):
+        run(fwd="good", bwd="broken")
+    capsys.readouterr()
+    (line,) = run(fwd="good", bwd="mended")
+    assert "bwd.cu compiled" in line and not run(fwd="good", bwd="mended")
+
+
 def test_a_peer_that_cannot_be_built_is_named_and_the_other_one_is(peers, sdists, nvcc, tmp_path, capsys):
     out = tmp_path / "out"
     (sdists / "mamba_ssm-2.0.tar.gz").unlink()
