@@ -26,7 +26,8 @@ BACKENDS = {"rom cuda": "cuda", "rom triton": "triton"}
 CHANNELS, EDGE = 4, 64  # of the slices
 COLD_BYTES = 256 * 2**20  # states in turn, as of a model's layers, until the cache holds none of them
 
-# Instructions per (b, l, d, n) that our kernels' inner loops compile to, softplus, gate and stores included.
+# Instructions per (b, l, d, n) of the leanest prototype, softplus, gate and stores included: a floor, so of one that
+# leaves all exponentials to MUFU. What the kernels compile to is counted in tests/gates.
 FORWARD_SLOTS, BACKWARD_SLOTS = 7.4, 20.8
 # Exponentials per (b, l, d) beside the state's: softplus and SiLU, each an exponential and a reciprocal or logarithm.
 FORWARD_EXPS, BACKWARD_EXPS = 4, 5
