@@ -12,10 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows on their way at a time: 64 bytes per thread forward (one tensor, 16 bytes a row) and backward (two, 8 bytes each;
-# with 16 the state below needs over 200 registers), so 32 KB per SM at 16 warps.
-ROWS = tl.constexpr(4)
-VALUES_FORWARD, VALUES_BACKWARD = 8, 4  # channels per thread, if that fits 16 bytes
+ROWS = tl.constexpr(4)  # taken at a time
+# Blocks of ROWS: the one at work, and those copied to shared memory meanwhile, 64 KB per SM. Plain loads are worse:
+# the compiler does not keep them together, backward waits for the first three of eight. Where rows are looked up, or
+# sequences end inside a run, it would copy indices and states too, with a barrier each: those get one stage.
+STAGES = 3
+# Channels per thread, if that fits 16 bytes: two tensors and the sums backward need over 200 registers with 8.
+VALUES_FORWARD, VALUES_BACKWARD = 8, 4
 MIN_STEPS, MAX_STEPS = 16, 256  # time steps of a run
 ENOUGH_WARPS = 2048  # 16 for each SM of an H200
 
@@ -187,7 +190,7 @@ def forward_kernel(
     x, weight, bias, initial_state, cu_seqlens, row_index, out,
     length, dim, sequences, x_batch, x_step,
     SILU: tl.constexpr, WIDTH: tl.constexpr, PER_STEP: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One run of STEPS time steps of BLOCK channels."""
     batch, begin, stop, channels = _run(length, dim, STEPS, BLOCK)
@@ -197,7 +200,7 @@ def forward_kernel(
     taps, b = _parameters(weight, bias, channels, dim, WIDTH)
     number, start, end = _sequence(cu_seqlens, sequences, batch, length, begin)
     window = _window(x, initial_state, begin, number, start, channels, dim, WIDTH, PER_STEP, COMPUTE)
-    for t0 in range(begin, stop, ROWS):
+    for t0 in tl.range(begin, stop, ROWS, num_stages=STAGES):
         rows = ()
         for r in tl.static_range(ROWS):
             rows += (_input(x, t0 + r, channels, t0 + r < stop, PER_STEP, COMPUTE),)
@@ -268,7 +271,7 @@ def backward_kernel(
     x, weight, bias, initial_state, cu_seqlens, row_index, grad_out, grad_final_state, grad_x, lines,
     length, dim, sequences, x_batch, x_step, grad_out_batch, grad_out_step, grad_x_batch, grad_x_step,
     SILU: tl.constexpr, WIDTH: tl.constexpr, PER_STEP: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One run: the gradient of its inputs, and its share of grad_weight and grad_bias (a line of `lines`).
 
@@ -286,7 +289,7 @@ def backward_kernel(
     zero = tl.zeros([BLOCK], COMPUTE)
     pending = _repeat(zero, WIDTH - 1)  # pending[k]: what is known of the gradient of window[k]
     sums = _repeat(zero, WIDTH + 1)
-    for t0 in range(begin, stop, ROWS):
+    for t0 in tl.range(begin, stop, ROWS, num_stages=STAGES):
         rows, grads = (), ()
         for r in tl.static_range(ROWS):
             rows += (_input(x, t0 + r, channels, t0 + r < stop, PER_STEP, COMPUTE),)
@@ -398,6 +401,11 @@ def _steps(dim: int, batch: int, length: int, block: dict[str, int]) -> int:
     return steps
 
 
+def _stages(*irregular: torch.Tensor | None) -> int:
+    """STAGES for plain rows, one where any of these is given."""
+    return STAGES if all(tensor is None for tensor in irregular) else 1
+
+
 def _time(x: torch.Tensor, row_index: torch.Tensor | None) -> tuple[int, int, int, int, int]:
     """(batch, length, rows per step or 0, stride from batch row to batch row, stride from row to row)."""
     if row_index is None:
@@ -426,7 +434,8 @@ def conv_forward(
     if out.numel() > 0:
         forward_kernel[(batch * triton.cdiv(length, steps) * blocks,)](
             x, weight, bias, initial_state, cu_seqlens, row_index, out,
-            length, dim, sequences, x_batch, x_step, SILU=bool(silu), STEPS=steps, **kind,
+            length, dim, sequences, x_batch, x_step,
+            SILU=bool(silu), STEPS=steps, STAGES=_stages(cu_seqlens, row_index), **kind,
         )  # fmt: skip
     if final_state is not None and final_state.numel() > 0:
         final_state_kernel[(sequences * blocks,)](
@@ -472,7 +481,7 @@ def conv_backward(
         backward_kernel[(runs * blocks,)](
             x, weight, bias, initial_state, cu_seqlens, row_index, grad_out, grad_final_state, grad_x, lines,
             length, dim, sequences, x_batch, x_step, *grad_out.stride()[:2], grad_x_batch, grad_x_step,
-            STEPS=steps, **kind,
+            STEPS=steps, STAGES=_stages(cu_seqlens, row_index, grad_final_state), **kind,
         )  # fmt: skip
     if dim > 0:
         columns = 32
