@@ -60,9 +60,13 @@ def outputs_and_gradients(function, tensors, options, grads=None):
     return [*outputs, *gradients]
 
 
-def compare(shape, state, dtype, device="cpu", scale=1.0, **case):
-    """Outputs and gradients of the fastest backend against the float64 reference and plain torch in `dtype`."""
+def compare(shape, state, dtype, device="cpu", scale=1.0, change=None, **case):
+    """Outputs and gradients of the fastest backend against the float64 reference and plain torch in `dtype`.
+
+    change: {name of a tensor: function that makes it extreme}.
+    """
     tensors, options = make(shape, state, dtype, device, **case)
+    tensors |= {name: function(tensors[name]) for name, function in (change or {}).items()}
     got = outputs_and_gradients(rom.ops.selective_scan, tensors, options)
     plain = outputs_and_gradients(reference.selective_scan, tensors, options)
     generator = torch.Generator().manual_seed(2)  # what the low-precision run is really given

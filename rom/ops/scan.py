@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from rom import dispatch, native
@@ -220,7 +222,8 @@ def _check_values(u: torch.Tensor, cu_seqlens: torch.Tensor | None, row_index: t
             _op.fail(OP, f"row_index to name each of its {rows} rows exactly once", "repeated or outside rows")
 
 
-# ------------------------------------------------------------------------------------------------ native kernels
+# ------------------------------------------------------------------------------------------------ kernels
+# `kernels` is rom.native or rom.ops._op.Triton: the same functions, so that one piece of code feeds both.
 def _kernel_inputs(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -276,7 +279,8 @@ def _checkpoint_shape(
     return slots, groups * (-(-(dim // groups) // 16) * 16), -(-A.shape[1] // 4) * 4
 
 
-def _native_forward(
+def _kernel_forward(
+    kernels: _op.Kernels,
     u: torch.Tensor,
     delta: torch.Tensor,
     A: torch.Tensor,
@@ -305,8 +309,8 @@ def _native_forward(
         "final_state": final_state,
         "checkpoints": checkpoints if save else None,
     }
-    workspace = native.workspace("scan_forward", u.device, **arguments)
-    native.call("scan_forward", u.device, workspace=workspace, **arguments)
+    workspace = kernels.workspace("scan_forward", u.device, **arguments)
+    kernels.call("scan_forward", u.device, workspace=workspace, **arguments)
     return out, final_state, checkpoints
 
 
@@ -335,7 +339,8 @@ def _grad_shapes(
     ]
 
 
-def _native_backward(
+def _kernel_backward(
+    kernels: _op.Kernels,
     u: torch.Tensor,
     delta: torch.Tensor,
     A: torch.Tensor,
@@ -371,13 +376,20 @@ def _native_backward(
         "grad_delta_bias": dbias if delta_bias is not None else None,
         "grad_initial_state": dstate if grad_initial_state else None,
     }
-    workspace = native.workspace("scan_backward", u.device, **arguments)
-    native.call("scan_backward", u.device, workspace=workspace, **arguments)
+    workspace = kernels.workspace("scan_backward", u.device, **arguments)
+    kernels.call("scan_backward", u.device, workspace=workspace, **arguments)
     return tuple(grads)
 
 
+_NATIVE = ("scan_forward", "scan_backward")
 for _backend in ("cpu", "cuda"):
-    dispatch.register(OP, _backend, _native_forward, _native_backward, kernels=("scan_forward", "scan_backward"))
+    dispatch.register(
+        OP, _backend, partial(_kernel_forward, native), partial(_kernel_backward, native), kernels=_NATIVE
+    )
+_TRITON = _op.Triton("rom.triton_kernels.scan")
+dispatch.register(
+    OP, "triton", partial(_kernel_forward, _TRITON), partial(_kernel_backward, _TRITON), module=_TRITON.module
+)
 dispatch.register(OP, "reference", reference.selective_scan)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from rom import dispatch, native
@@ -134,7 +136,9 @@ def _validate(
     _decode.check_slots(OP, state, "state", batch, state_indices)
 
 
-def _native(
+# `kernels` is rom.native or rom.ops._op.Triton: the same function, so that one piece of code feeds both.
+def _kernel(
+    kernels: _op.Kernels,
     state: torch.Tensor,
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -162,7 +166,7 @@ def _native(
     if B.dtype != C.dtype:
         B, C = (t.to(state.dtype) for t in (B, C))
     out = native.empty((batch, length, dim), u.dtype, u.device)
-    native.call(
+    kernels.call(
         "state_update",
         u.device,
         state=state,
@@ -182,7 +186,9 @@ def _native(
 
 
 for _backend in ("cpu", "cuda"):
-    dispatch.register(OP, _backend, _native, kernels=("state_update",))
+    dispatch.register(OP, _backend, partial(_kernel, native), kernels=("state_update",))
+_TRITON = _op.Triton("rom.triton_kernels.state_update")
+dispatch.register(OP, "triton", partial(_kernel, _TRITON), module=_TRITON.module)
 dispatch.register(OP, "reference", reference.selective_state_update)
 
 
