@@ -87,7 +87,9 @@ class Loader {
   static __device__ __forceinline__ int first_state() { return chunk() % K::kStates; }
   __device__ __forceinline__ const Coefficient& coefficient() const { return is_C() ? f_.problem.C : f_.problem.B; }
   // z comes along unless several of its rows make one step.
-  __device__ __forceinline__ bool stages_z() const { return f_.problem.z.data && f_.problem.rows_per_step == 1; }
+  __device__ __forceinline__ bool stages_z() const {
+    return f_.problem.z.data && f_.problem.rows_per_step == 1 && f_.out.data;
+  }
 
  public:
   __device__ __forceinline__ Loader(const Forward<float>& f, const Sequence& s, const Channels& c)
@@ -314,12 +316,21 @@ __device__ __forceinline__ void load_states(const float* states, int first, int 
   }
 }
 
+// The part of a sequence that is one block's work, as a sequence of its own.
+template <class T>
+__device__ __forceinline__ Sequence chunk_of(const Forward<T>& f, int64_t i) {
+  if (f.chunks == 1) return sequence_of(f.problem, i);
+  Sequence s = sequence_of(f.problem, i / f.chunks);
+  const int64_t first = i % f.chunks * f.chunk_steps, left = s.length - first;
+  return {i, s.batch, s.begin + first, left < f.chunk_steps ? left : f.chunk_steps, s.slot + first / kCheckpointSteps};
+}
+
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     scan_forward(const __grid_constant__ Forward<float> f, int tiles) {
   ROM_DYNAMIC_SHARED(typename K::Shared, shared);
   const Problem<float>& p = f.problem;
-  const Sequence s = sequence_of(p, blockIdx.x / tiles);
+  const Sequence s = chunk_of(f, blockIdx.x / tiles);
   const Channels c = channels_of(p, blockIdx.x % tiles, K::kChannels);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_first = c.first + warp * K::kWarpChannels;
   Loader<K> loader(f, s, c);
@@ -381,12 +392,14 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
       for (int t = 0; t < steps; t += kUnroll) advance<K, 0, kUnroll>(*shared, buffer, t, A, h);
     }
     __syncwarp();
+    if (!f.out.data) continue;
     if (in_pairs)
       finish_pairs<K>(f, s, *shared, stage, pair, in[0], D, first, steps);
     else
       finish_any<K>(f, s, *shared, stage, pair, c.end, D, first, steps);
   }
 
+  if (!f.final_state) return;
   float* final_state = f.final_state + s.index * p.dim * p.state;
 #pragma unroll
   for (int i = 0; i < kLaneChannels; ++i) {
@@ -415,19 +428,28 @@ bool aligned(const rom_tensor& t, int64_t bytes, int64_t element) {
 // Where memory allows it, u, delta and z are copied 16 bytes at a time and out is stored in pairs of channels
 // (`aligned`: every row and group starts at such a boundary), and so are B and C, and A and the states.
 template <class K>
-void launch_tiled(const rom_scan_forward_args& a) {
+Forward<float> tiled_forward_of(const rom_scan_forward_args& a) {
   constexpr int64_t element = sizeof(typename K::S);
   Forward<float> f = forward_of<typename K::S>(a);
-  const Problem<float>& p = f.problem;
-  f.aligned = p.group_dim % K::kVector == 0 && aligned(a.u, 16, element) && aligned(a.delta, 16, element) &&
+  f.aligned = f.problem.group_dim % K::kVector == 0 && aligned(a.u, 16, element) && aligned(a.delta, 16, element) &&
               aligned(a.z, 16, element) && aligned(a.out, 2 * element, element);
-  f.coefficients_aligned = p.state % K::kVector == 0 && aligned(a.B, 16, element) && aligned(a.C, 16, element);
-  f.states_aligned =
-      p.state % 4 == 0 && aligned(a.A, 16, 4) && aligned(a.initial_state, 16, 4) && aligned(a.final_state, 16, 4);
-  const int tiles = p.groups * ((p.group_dim + K::kChannels - 1) / K::kChannels);
+  f.coefficients_aligned = f.problem.state % K::kVector == 0 && aligned(a.B, 16, element) && aligned(a.C, 16, element);
+  f.states_aligned = f.problem.state % 4 == 0 && aligned(a.A, 16, 4) && aligned(a.initial_state, 16, 4) &&
+                     aligned(a.final_state, 16, 4);
+  return f;
+}
+
+template <class K>
+void launch(const Forward<float>& f, void* stream) {
+  const int tiles = f.problem.groups * ((f.problem.group_dim + K::kChannels - 1) / K::kChannels);
   allow_shared(scan_forward<K>, sizeof(typename K::Shared));
-  ROM_LAUNCH((scan_forward<K>), static_cast<unsigned>(tiles * p.sequences), K::kThreads, sizeof(typename K::Shared),
-             a.launch.stream, f, tiles);
+  ROM_LAUNCH((scan_forward<K>), static_cast<unsigned>(tiles * f.problem.sequences * f.chunks), K::kThreads,
+             sizeof(typename K::Shared), stream, f, tiles);
+}
+
+template <class K>
+void launch_tiled(const rom_scan_forward_args& a) {
+  launch<K>(tiled_forward_of<K>(a), a.launch.stream);
 }
 
 }  // namespace

@@ -11,8 +11,9 @@ struct Forward {
   Problem<T> problem;
   const T* initial_state;        // may be null
   T *final_state, *checkpoints;  // checkpoints may be null
-  Rows out;
-  bool wide_out;                                       // out in the compute type although u is not
+  Rows out;                      // out.data is null where only the states are wanted
+  int chunks, chunk_steps;       // a sequence is this many blocks' work, each of chunk_steps (the last of fewer)
+  bool wide_out;                 // out in the compute type although u is not
   bool aligned, coefficients_aligned, states_aligned;  // see launch_tiled
 };
 
@@ -25,6 +26,7 @@ Forward<Compute<S>> forward_of(const rom_scan_forward_args& a) {
   f.final_state = static_cast<T*>(a.final_state.data);
   f.checkpoints = static_cast<T*>(a.checkpoints.data);
   f.out = rows_of(a.out);
+  f.chunks = 1;
   f.wide_out = a.out.dtype != a.u.dtype;
   return f;
 }

@@ -13,6 +13,7 @@
 
 #include "cuda/scan_forward.cuh"
 #include "cuda/scan_forward_plain.cuh"
+#include "cuda/scan_forward_split.cuh"
 
 namespace {
 
@@ -178,6 +179,14 @@ void check(const Case& c, Run run) {
   compare("gaps of out", out.untouched_gaps(), 1, 0);
 }
 
+// Three chunks, whatever the shape.
+template <class K>
+void split(rom_scan_forward_args a) {
+  std::vector<float> workspace(static_cast<size_t>(split_floats(problem_of<float>(a), 3)), NAN);
+  a.workspace.data = workspace.data();
+  launch_split<K>(a, 3);
+}
+
 #if defined(QUICK)
 void run() {
   const auto tiled = launch_tiled<Shape<float, 4, 4, 4>>;
@@ -186,6 +195,7 @@ void run() {
   emulation::async_copies_at_issue = true;
   check<float>({.batch = 1, .length = 37, .dim = 37, .state = 5, .rows = 2}, tiled);
   check<float>({.batch = 1, .length = 35, .dim = 72, .state = 16, .cu = {0, 0, 33, 35}}, tiled);
+  check<float>({.batch = 1, .length = 70, .dim = 11, .state = 6}, split<Shape<float, 4, 4, 4>>);
   check<float>({.batch = 1, .length = 9, .dim = 11, .state = 6, .constant_B = true}, launch_plain<float>);
 }
 #else
@@ -198,7 +208,9 @@ void shape(Case c) {
 }
 
 // Through the C ABI, which chooses the kernel.
-void public_call(const rom_scan_forward_args& a) {
+void public_call(rom_scan_forward_args a) {
+  std::vector<float> workspace(static_cast<size_t>(rom_scan_forward_workspace_cuda(&a)) / 4, NAN);
+  a.workspace.data = workspace.data();
   if (rom_scan_forward_cuda(&a) != ROM_OK) ++failures;
 }
 
@@ -234,6 +246,10 @@ void run() {
                  public_call);
   check<bfloat16>({.batch = 1, .length = 70, .dim = 20, .state = 16, .cu = {0, 0, 5, 38, 38, 70}}, public_call);
   check<float>({1, 67, 39, 5, 3, 2, {0, 64, 67}}, public_call);
+  check<float>({.batch = 2, .length = 530, .dim = 20, .state = 16}, public_call);  // in four chunks
+  check<bfloat16>({.batch = 2, .length = 100, .dim = 72, .state = 16, .groups = 3}, split<Shape<bfloat16, 4, 4, 4>>);
+  check<float>({.batch = 1, .length = 100, .dim = 20, .state = 30, .rows = 2}, split<Shape<float, 8, 4, 4>>);
+  check<float>({.batch = 1, .length = 70, .dim = 9, .state = 5, .bare = true}, split<Shape<float, 4, 4, 4>>);
   check<double>({.batch = 2, .length = 40, .dim = 21, .state = 16, .groups = 3}, public_call);
   check<double>({1, 67, 39, 5, 3, 2, {0, 0, 64, 67, 67}}, public_call);
   for (const Case& empty : {Case{0, 5, 4, 3}, Case{2, 5, 0, 3}}) check<float>(empty, public_call);
