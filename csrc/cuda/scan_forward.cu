@@ -38,6 +38,11 @@ void launch_forward(const rom_scan_forward_args& a) {
   launch_tiled<Shape<S, 8, 16, 4>>(a);
 }
 
+template <>
+void launch_forward<double>(const rom_scan_forward_args& a) {
+  launch_plain<double>(a);
+}
+
 }  // namespace
 
 extern "C" int64_t rom_scan_forward_workspace_cuda(const rom_scan_forward_args* args) {
@@ -50,12 +55,7 @@ extern "C" rom_status rom_scan_forward_cuda(const rom_scan_forward_args* args) {
   const rom_scan_forward_args& a = *args;
   const int64_t sequences = a.cu_seqlens.data ? a.cu_seqlens.size[0] - 1 : a.u.size[0];
   if (sequences == 0 || a.u.size[2] == 0) return ROM_OK;
-  switch (a.u.dtype) {
-    case ROM_FLOAT32: launch_forward<float>(a); break;
-    case ROM_BFLOAT16: launch_forward<bfloat16>(a); break;
-    case ROM_FLOAT16: launch_forward<float16>(a); break;
-    case ROM_FLOAT64: launch_plain<double>(a); break;
-    default: return rom_fail(ROM_UNSUPPORTED, "dtype %d of u is not supported", a.u.dtype);
-  }
+  const bool known = with_storage_type(a.u.dtype, [&]<class S>(Type<S>) { launch_forward<S>(a); });
+  if (!known) return rom_fail(ROM_UNSUPPORTED, "dtype %d of u is not supported", a.u.dtype);
   return launch_status("scan_forward");
 }

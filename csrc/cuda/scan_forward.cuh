@@ -418,24 +418,17 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
   }
 }
 
-// Whether every row of t starts where `bytes` bytes may be moved at once. An absent tensor has no say.
-bool aligned(const rom_tensor& t, int64_t bytes, int64_t element) {
-  bool good = reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(bytes) == 0;
-  for (int i = 0; i + 1 < t.ndim; ++i) good = good && (t.size[i] < 2 || t.stride[i] * element % bytes == 0);
-  return !t.data || good;
-}
-
 // Where memory allows it, u, delta and z are copied 16 bytes at a time and out is stored in pairs of channels
 // (`aligned`: every row and group starts at such a boundary), and so are B and C, and A and the states.
 template <class K>
 Forward<float> tiled_forward_of(const rom_scan_forward_args& a) {
-  constexpr int64_t element = sizeof(typename K::S);
   Forward<float> f = forward_of<typename K::S>(a);
-  f.aligned = f.problem.group_dim % K::kVector == 0 && aligned(a.u, 16, element) && aligned(a.delta, 16, element) &&
-              aligned(a.z, 16, element) && aligned(a.out, 2 * element, element);
-  f.coefficients_aligned = f.problem.state % K::kVector == 0 && aligned(a.B, 16, element) && aligned(a.C, 16, element);
-  f.states_aligned = f.problem.state % 4 == 0 && aligned(a.A, 16, 4) && aligned(a.initial_state, 16, 4) &&
-                     aligned(a.final_state, 16, 4);
+  f.aligned = f.problem.group_dim % K::kVector == 0 && rows_aligned(a.u, K::kVector) &&
+              rows_aligned(a.delta, K::kVector) && rows_aligned(a.z, K::kVector) && rows_aligned(a.out, 2);
+  f.coefficients_aligned =
+      f.problem.state % K::kVector == 0 && rows_aligned(a.B, K::kVector) && rows_aligned(a.C, K::kVector);
+  f.states_aligned = f.problem.state % 4 == 0 && rows_aligned(a.A, 4) && rows_aligned(a.initial_state, 4) &&
+                     rows_aligned(a.final_state, 4);
   return f;
 }
 

@@ -22,12 +22,6 @@ int failures = 0;
 
 double normal(double scale = 1) { return std::normal_distribution<double>(0, scale)(generator); }
 
-template <class S>
-constexpr int kDtype = std::is_same_v<S, float>      ? ROM_FLOAT32
-                       : std::is_same_v<S, bfloat16> ? ROM_BFLOAT16
-                       : std::is_same_v<S, float16>  ? ROM_FLOAT16
-                                                     : ROM_FLOAT64;
-
 // A tensor of up to four dimensions, its rows (but not the groups within) `gap` elements apart, `offset` elements past
 // an aligned address. All memory is NaN before it is filled.
 template <class S>
