@@ -8,9 +8,7 @@ from rom.ops import _op
 
 
 def refuse_gradients(op: str, remedy: str, **tensors: torch.Tensor | None) -> None:
-    """The state is overwritten, so nothing is left to differentiate through."""
-    if not torch.is_grad_enabled():
-        return
+    """With gradients on: the state is overwritten, so nothing is left to differentiate through."""
     wanting = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
     if wanting:
         raise RuntimeError(
@@ -42,12 +40,11 @@ def check_slot_values(op: str, slots: int, state_indices: torch.Tensor | None) -
         _op.fail(op, "every slot at most once in state_indices", str(state_indices.tolist()))
 
 
-def readable(tensor: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-    """B, C or a parameter in a dtype the native kernels read: the compute dtype, on CUDA the activations' too."""
+def readable(*tensors: torch.Tensor | None, activations: torch.Tensor) -> list[torch.Tensor | None]:
+    """B, C or parameters in a dtype the native kernels read: the compute dtype, on CUDA the activations' too."""
     compute = _op.compute_dtype(activations.dtype)
-    if tensor.dtype == compute or (activations.is_cuda and tensor.dtype == activations.dtype):
-        return tensor
-    return tensor.to(compute)
+    read = (compute, activations.dtype) if activations.is_cuda else (compute,)
+    return [t if t is None or t.dtype in read else t.to(compute) for t in tensors]
 
 
 def mark_overwritten(state: torch.Tensor) -> None:

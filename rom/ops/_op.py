@@ -38,7 +38,7 @@ def shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def check_shape(op: str, name: str, tensor: torch.Tensor | None, *expected: tuple[int, ...]) -> None:
     """`tensor` (if given) must have one of the expected shapes."""
-    if tensor is not None and all(shape(tensor) != e for e in expected):
+    if tensor is not None and tensor.shape not in expected:
         fail(op, f"{name} of shape {' or '.join(str(e) for e in expected)}", str(shape(tensor)))
 
 
@@ -102,6 +102,11 @@ def unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None or tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
         return tensor
     return tensor.contiguous()
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, if given, in contiguous memory."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 class Kernels(Protocol):

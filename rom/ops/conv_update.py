@@ -51,10 +51,11 @@ def causal_conv1d_update(
     """
     x = _op.autocast(x)
     _validate(x, conv_state, weight, bias, activation, state_indices)
-    tensors = {"x": x, "conv_state": conv_state, "weight": weight, "bias": bias}
-    _decode.refuse_gradients(OP, "causal_conv1d with initial_state", **tensors)
+    if torch.is_grad_enabled():
+        tensors = {"x": x, "conv_state": conv_state, "weight": weight, "bias": bias}
+        _decode.refuse_gradients(OP, "causal_conv1d with initial_state", **tensors)
     backend = dispatch.choose(OP, x.device.type, refused_width(weight.shape[1]))
-    return torch.ops.rom.causal_conv1d_update(
+    return torch.ops.rom.causal_conv1d_update.default(
         x, conv_state, weight, bias, activation is not None, state_indices, backend
     )
 
@@ -94,20 +95,21 @@ def _kernel(
     activation: str | None,
     state_indices: torch.Tensor | None,
 ) -> torch.Tensor:
-    steps = x if x.dim() == 3 else x.unsqueeze(1)
-    out = native.empty(steps.shape, x.dtype, x.device)
+    weight, bias = _decode.readable(weight, bias, activations=x)  # type: ignore[assignment]
+    out = native.empty(x.shape, x.dtype, x.device)
+    steps, out_steps = (x, out) if x.dim() == 3 else (x.unsqueeze(1), out.unsqueeze(1))
     kernels.call(
         "conv_update",
         x.device,
         silu=int(activation is not None),
         x=_op.unit_stride(steps),
         conv_state=conv_state,
-        weight=_decode.readable(weight, x).contiguous(),
-        bias=None if bias is None else _decode.readable(bias, x).contiguous(),
-        state_indices=None if state_indices is None else state_indices.contiguous(),
-        out=out,
+        weight=_op.contiguous(weight),
+        bias=_op.contiguous(bias),
+        state_indices=_op.contiguous(state_indices),
+        out=out_steps,
     )
-    return out.view(x.shape)
+    return out
 
 
 _TRITON = "rom.triton_kernels.conv_update"

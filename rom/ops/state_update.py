@@ -69,10 +69,11 @@ def selective_state_update(
         u, delta, z = _op.autocast(u), _op.autocast(delta), _op.autocast(z)
         B, C = (t if _constant(t, u) else _op.autocast(t) for t in (B, C))
     _validate(state, u, delta, A, B, C, D, z, delta_bias, state_indices)
-    tensors = {"state": state, "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    _decode.refuse_gradients(OP, "selective_scan with initial_state", **tensors)
+    if torch.is_grad_enabled():
+        tensors = {"state": state, "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
+        _decode.refuse_gradients(OP, "selective_scan with initial_state", **tensors, delta_bias=delta_bias)
     backend = dispatch.choose(OP, u.device.type)
-    return torch.ops.rom.selective_state_update(
+    return torch.ops.rom.selective_state_update.default(
         state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices, backend
     )
 
@@ -124,6 +125,8 @@ def _validate(
         _op.check_shape(OP, name, tensor, (dim,))
     lead = _op.shape(u)[:-1]
     for name, tensor in (("B", B), ("C", C)):
+        if tensor.shape == (*lead, states):
+            continue
         groups = tensor.shape[-2] if tensor.dim() == u.dim() + 1 else 1
         _op.check_shape(OP, name, tensor, (*lead, states), (*lead, groups, states), (dim, states))
         if groups == 0 or dim % groups:
@@ -151,38 +154,37 @@ def _kernel(
     delta_softplus: bool,
     state_indices: torch.Tensor | None,
 ) -> torch.Tensor:
+    batch, dim, rank = u.shape[0], u.shape[-1], u.dim()
+    length = u.shape[1] if rank == 3 else 1
+
     def steps(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return _op.unit_stride(tensor if tensor is None or tensor.dim() == 3 else tensor.unsqueeze(1))
+        return _op.unit_stride(tensor if rank == 3 or tensor is None else tensor.unsqueeze(1))
 
-    def parameter(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else _decode.readable(tensor, u).contiguous()
+    def by_group(tensor: torch.Tensor | None) -> torch.Tensor:
+        return reference.by_group(_op.unit_stride(tensor), batch, length, dim, rank)  # type: ignore[arg-type]
 
-    def by_group(tensor: torch.Tensor) -> torch.Tensor:
-        return reference.by_group(_op.unit_stride(tensor), batch, length, dim, u.dim())  # type: ignore[arg-type]
-
-    batch, dim = u.shape[0], u.shape[-1]
-    length = u.shape[1] if u.dim() == 3 else 1
-    B, C = (_decode.readable(t, u) for t in (B, C))
-    if B.dtype != C.dtype:
-        B, C = (t.to(state.dtype) for t in (B, C))
-    out = native.empty((batch, length, dim), u.dtype, u.device)
+    coefficients = _decode.readable(B, C, activations=u)
+    if B.dtype != C.dtype:  # the kernels read both in one dtype
+        coefficients = [t.to(state.dtype) for t in (B, C)]
+    D, delta_bias = _decode.readable(D, delta_bias, activations=u)
+    out = native.empty(u.shape, u.dtype, u.device)
     kernels.call(
         "state_update",
         u.device,
         state=state,
         u=steps(u),
         delta=steps(delta),
-        A=A.to(state.dtype).contiguous(),
-        B=by_group(B),
-        C=by_group(C),
-        D=parameter(D),
+        A=_op.contiguous(A if A.dtype == state.dtype else A.to(state.dtype)),
+        B=by_group(coefficients[0]),
+        C=by_group(coefficients[1]),
+        D=_op.contiguous(D),
         z=steps(z),
-        delta_bias=parameter(delta_bias),
+        delta_bias=_op.contiguous(delta_bias),
         delta_softplus=int(delta_softplus),
-        state_indices=None if state_indices is None else state_indices.contiguous(),
-        out=out,
+        state_indices=_op.contiguous(state_indices),
+        out=steps(out),
     )
-    return out.view(u.shape)
+    return out
 
 
 for _backend in ("cpu", "cuda"):

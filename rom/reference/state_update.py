@@ -57,5 +57,5 @@ def by_group(coefficients: torch.Tensor, batch: int, steps: int, dim: int, rank:
     state = coefficients.shape[-1]
     if coefficients.dim() == 2 and (rank == 3 or coefficients.shape[0] != batch):
         return coefficients[None, None].expand(batch, steps, dim, state)
-    grouped = coefficients if rank == 3 else coefficients.unsqueeze(1)
-    return grouped if grouped.dim() == 4 else grouped.unsqueeze(2)
+    groups = coefficients.shape[-2] if coefficients.dim() == rank + 1 else 1
+    return coefficients.view(batch, steps, groups, state)
