@@ -75,7 +75,12 @@ def environment(tmp_path):
     """The Python of a fresh environment that borrows this one's torch."""
     venv.create(tmp_path / "venv", with_pip=True)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    (site / "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
+    borrowed = tmp_path / "borrowed"  # all of this environment but its own rom, or pip would find that and do nothing
+    borrowed.mkdir()
+    for entry in Path(torch.__file__).parents[1].iterdir():
+        if not entry.name.startswith(("rom", "__editable__")):
+            (borrowed / entry.name).symlink_to(entry)
+    (site / "borrowed.pth").write_text(str(borrowed))
     return tmp_path / "venv" / "bin" / "python"
 
 
