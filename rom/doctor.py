@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 import rom
@@ -164,6 +165,11 @@ def _routed_linear_arguments() -> Report:
     return {"x": _values(7, 5), "weight": _values(3, 4, 5), "routing": routing, "weighted": True}
 
 
+def _sites(target: rom.faults.Target) -> np.ndarray:
+    """A sign wrong for one sample."""
+    return rom.faults.sites(target, rom.faults.flip(1 << 31), sample=1, k=0, col=2)
+
+
 #: op -> small arguments for it. Floating tensors get gradients, except the states that are updated in place.
 ARGUMENTS: dict[str, Callable[[], Report]] = {
     "add_rms_norm": lambda: {"x": _values(5, 8), "weight": _values(8), "residual": _values(5, 8)},
@@ -172,6 +178,8 @@ ARGUMENTS: dict[str, Callable[[], Report]] = {
     "cayley": lambda: {"x": _values(2, 9, 4)},
     "householder": lambda: {"x": _values(2, 9, 4)},
     "orthogonal_apply": lambda: {"x": _values(2, 9, 4), "inp": _values(2, 4, 3)},
+    "faulty_matmul": lambda: {"a": _values(5, 8), "b": _values(8, 4), "sites": _sites(rom.faults.Target.B)},
+    "faulty_values": lambda: {"x": _values(5, 8), "sites": _sites(rom.faults.Target.OUTPUT)},
     "route": lambda: {"logits": _values(7, 3), "top_k": 2},
     "routed_linear": _routed_linear_arguments,
     "selective_scan": _scan_arguments,

@@ -3,7 +3,7 @@
 from rom.faults.allocation import neyman
 from rom.faults.plan import FaultPlan, Faults, model_fingerprint
 from rom.faults.population import Stratum
-from rom.faults.records import ALL, LOG, SITE, UPPER, Target, bits_of, flip, set_bits, sites, stuck_at
+from rom.faults.records import ALL, LOG, SITE, UPPER, Target, bits_of, flip, log_records, set_bits, sites, stuck_at
 
 __all__ = [
     "ALL",
@@ -16,6 +16,7 @@ __all__ = [
     "Target",
     "bits_of",
     "flip",
+    "log_records",
     "model_fingerprint",
     "neyman",
     "set_bits",

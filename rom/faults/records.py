@@ -35,7 +35,7 @@ LOG = np.dtype([("status", "<i4"), ("old", "<u4"), ("new", "<u4")])
 ABSENT, APPLIED = 0, 1  # status: the sample is not in this batch; the masks were applied
 
 ALL = 0xFFFFFFFF  # `sample`: every sample, as a fault in a shared memory is
-NOWHERE = 0xFFFFFFFE  # `sample`: no sample; the padding of a table of fixed size
+NOWHERE = 0xFFFFFFFE  # `sample`: none of this batch
 UPPER = 1  # `flags`: the upper word of a 64-bit value
 
 
@@ -48,6 +48,9 @@ class Target(enum.IntEnum):
     BEFORE_CAST = 3  #: Y with its bias, in the accumulator's dtype
     OUTPUT = 4  #: Y as stored
     BIAS = 5  #: bias[col] in memory
+
+
+NO_TARGET = 6  # the padding of a table of fixed size
 
 
 _FIELDS = {  # dtype: (total bits, mantissa bits)

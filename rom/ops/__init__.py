@@ -2,6 +2,7 @@
 
 from rom.ops.conv import causal_conv1d
 from rom.ops.conv_update import causal_conv1d_update
+from rom.ops.faults import faulty_matmul, faulty_values
 from rom.ops.norm import add_rms_norm
 from rom.ops.orthogonal import cayley, householder, orthogonality_error
 from rom.ops.orthogonal_inverse import cayley_inverse, householder_inverse
@@ -18,6 +19,8 @@ __all__ = [
     "causal_conv1d_update",
     "cayley",
     "cayley_inverse",
+    "faulty_matmul",
+    "faulty_values",
     "householder",
     "householder_inverse",
     "orthogonal_apply",
