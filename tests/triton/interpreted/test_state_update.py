@@ -52,7 +52,7 @@ def test_state_indices_and_strided_state():
 
 def test_what_a_gpu_passes_on(monkeypatch):
     """Parameters in u's dtype, uncast, and slots nobody has checked: one that does not exist gives NaN."""
-    monkeypatch.setattr(_decode, "readable", lambda tensor, _: tensor)
+    monkeypatch.setattr(_decode, "readable", lambda *tensors, activations: list(tensors))
     monkeypatch.setattr(_decode, "check_slot_values", lambda *_: None)
     a = make(3, 2, 20, 5, f16, slots=2)
     a |= {name: a[name].half() for name in ("D", "delta_bias")}
