@@ -69,7 +69,8 @@ def selective_scan(
         CPU only). TypeError: a dtype is not supported, or u, delta, z, B and C differ in dtype outside autocast.
 
     Under autocast u, delta, z, B and C are cast to its dtype; parameters and states stay in float32. A complex A (one
-    of each conjugate pair: y = 2 Re Σ C h) and more than 256 states run on the reference backend.
+    of each conjugate pair: y = 2 Re Σ C h) and more than 256 states run on the reference backend; float64 does not run
+    on CUDA's where gradients are wanted.
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), eq. 2a and
     algorithm 2, with A discretised exactly and B by Euler's rule, as its code does.
@@ -84,7 +85,9 @@ def selective_scan(
     u, delta, z = _op.autocast(u), _op.autocast(delta), _op.autocast(z)
     B, C = (x if x.dim() == 2 else _op.autocast(x) for x in (B, C))  # constant over time: parameters
     _validate(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, out_dtype, row_index)
-    backend = dispatch.choose(OP, u.device.type, _refusals(A, B, C))
+    differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    backend = dispatch.choose(OP, u.device.type, _refusals(u, A, B, C, save))
     if backend == "reference":  # under torch.compile, too: the loop over time is unrolled into the graph
         if not torch.compiler.is_compiling():
             _check_values(u, cu_seqlens, row_index)
@@ -104,8 +107,6 @@ def selective_scan(
             out_dtype,
             row_index,
         )
-    differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     out, final_state, _ = torch.ops.rom.selective_scan(
         u,
         delta,
@@ -126,13 +127,17 @@ def selective_scan(
     return (out, final_state) if return_final_state else out
 
 
-def _refusals(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[tuple[str, str], ...]:
+def _refusals(
+    u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, save: bool
+) -> tuple[tuple[str, str], ...]:
     """Why the native kernels cannot take this call."""
     reason = ""
     if A.is_complex() or B.is_complex() or C.is_complex():
         reason = "complex A, B or C run on the reference backend"
     elif A.shape[1] > MAX_STATE:
         reason = f"{A.shape[1]} states per channel, more than {MAX_STATE}"
+    elif u.dtype == torch.float64 and save:  # 64-bit states do not fit its registers
+        return (("cuda", "float64 has no gradient in CUDA"),)
     return tuple((backend, reason) for backend in ("cuda", "triton", "cpu") if reason)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-FAMILIES = ["norm", "scan_forward"]
+FAMILIES = ["norm", "scan_forward", "scan_backward"]
 # Many instances and no barrier: by default these are built only with a sanitizer, once each.
 DECODE = ["state_update", "conv_update"]
 # Removing any barrier must be noticed: (family, source, statement, which of them).
@@ -20,6 +20,8 @@ SLOW_MUTANTS = [
     ("scan_forward", "scan_forward.cuh", "__syncwarp();", 0),
     ("scan_forward", "scan_forward.cuh", "__syncwarp();", 1),
     ("scan_forward", "scan_forward.cuh", "async_wait<0>();", 0),
+    *(("scan_backward", "scan_backward.cuh", "__syncthreads();", which) for which in (1, 2, 3)),
+    *(("scan_backward", "scan_backward.cuh", "__syncwarp();", which) for which in (0, 1)),
 ]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with C++20")

@@ -32,6 +32,26 @@ def per_element(code, elements):
     return recurrence.size / elements + sum(around)
 
 
+def adjoint_per_element(code):
+    """Instructions a scan's backward issues per (step, channel, state): in the 8 steps of sweep(), and in all.
+
+    sweep() is the loop with most multiply-adds, 8 steps of 4 states a turn; around it the loop over the parts of a tile
+    (two turns of sweep() each), then the one over tiles (eight). Per tile replay(), the loop with most exponentials,
+    runs over three of four parts, prepare(), the one with most reciprocals, twice, over 8 steps of a lane's channel.
+    Branches that a call does not take (row_index) are counted, too.
+    """
+    loops = sass.loops(code)
+    sweep = max(loops, key=lambda loop: loop.count("FFMA"))
+    parts, tiles = (
+        next(loop for loop in loops if loop.depth == sweep.depth - up and loop.begin <= sweep.begin <= loop.end)
+        for up in (1, 2)
+    )
+    replay = max(loops, key=lambda loop: loop.count("MUFU.EX2"))
+    prepare = max(loops, key=lambda loop: loop.count("MUFU.RCP"))
+    around = parts.size / 64 + tiles.size / 256 + replay.size / 64 * 3 / 4 + prepare.size / 128
+    return sweep.size / 32, sweep.size / 32 + around
+
+
 def check(row, resources, code):
     """`resources` and `code` of all instantiations of one kernel against its row."""
     for name, used in resources.items():
@@ -46,6 +66,9 @@ def check(row, resources, code):
     for part, elements, most in row.get("budget", []):
         counts = [per_element(c, elements) for name, c in code.items() if part in name]
         assert counts and max(counts) <= most, f"{part}: {counts} instructions per element > {most}"
+    for part, *most in row.get("adjoint", []):
+        (counts,) = (adjoint_per_element(c) for name, c in code.items() if part in name)
+        assert all(n <= m for n, m in zip(counts, most)), f"{part}: {counts} instructions per element > {most}"
 
 
 @needs_cuobjdump
