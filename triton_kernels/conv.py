@@ -287,8 +287,8 @@ def backward_kernel(
     number, start, end = _sequence(cu_seqlens, sequences, batch, length, begin)
     window = _window(x, initial_state, begin, number, start, channels, dim, WIDTH, PER_STEP, COMPUTE)
     zero = tl.zeros([BLOCK], COMPUTE)
-    pending = _repeat(zero, WIDTH - 1)  # pending[k]: what is known of the gradient of window[k]
-    sums = _repeat(zero, WIDTH + 1)
+    # pending[k]: what is known of the gradient of window[k]. Of inputs before `first` it is never stored, nor right.
+    pending, sums = _repeat(zero, WIDTH - 1), _repeat(zero, WIDTH + 1)
     for t0 in tl.range(begin, stop, ROWS, num_stages=STAGES):
         rows, grads = (), ()
         for r in tl.static_range(ROWS):
@@ -315,7 +315,6 @@ def backward_kernel(
                 start = end
                 number, end = _next_sequence(cu_seqlens, sequences, number, start)
                 window = _window(x, initial_state, start, number, start, channels, dim, WIDTH, PER_STEP, COMPUTE)
-                pending = _repeat(zero, WIDTH - 1)
     first = tl.maximum(start, begin)
     for j in tl.static_range(WIDTH - 1):  # the next run's first steps complete this one's last inputs
         t = begin + tl.cdiv(stop - begin, ROWS) * ROWS + j

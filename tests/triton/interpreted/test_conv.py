@@ -9,8 +9,8 @@ import rom
 from rom.reference import conv as reference
 
 f32, f16, bf16, f64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-# Sequences of one step, shorter than the width, empty at both ends, across and up to the end of a run of 16 steps.
-PACKED = {"cu_seqlens": [0, 0, 1, 3, 16, 16, 18, 33, 33]}
+# Sequences of one step, shorter than the width, empty at both ends and between, across and up to the end of 16 steps.
+PACKED = {"cu_seqlens": [0, 0, 1, 3, 3, 16, 16, 18, 33, 33]}
 
 
 @pytest.fixture(autouse=True)
