@@ -138,8 +138,8 @@ class Orthogonal(nn.Module):
                 "use_trivialization=True."
             )
         n, k = tall.shape[-2:]
-        self.base = _qr(torch.cat((tall, torch.randn_like(tall[..., :1]).expand(*tall.shape[:-1], n - k)), -1))
-        self.base = self.base.to(q.dtype)
+        completion = tall.new_empty(*tall.shape[:-1], n - k).normal_()
+        self.base = _qr(torch.cat((tall, completion), -1)).to(q.dtype)
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
 
     def extra_repr(self) -> str:
