@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from rom import dispatch
-from rom.ops import _op, _orthogonal_library
+from rom.ops import _op, _orthogonal_cpu, _orthogonal_library
 from rom.reference import orthogonal as reference
 
 
@@ -132,10 +132,14 @@ def _reference(op: str, x: torch.Tensor, signs: torch.Tensor | None, polish: boo
 # ------------------------------------------------------------------------------------------------ registration
 # Per map: forward to (Q, what the gradient needs besides x), backward to x's gradient. x is `[batch, n, k]`, n >= k.
 for _name in ("cayley", "householder"):
-    _forward = getattr(_orthogonal_library, f"{_name}_forward")
-    _backward = getattr(_orthogonal_library, f"{_name}_backward")
-    for _backend in ("cpu", "reference"):
-        dispatch.register(_name, _backend, _forward, _backward)
+    for _backend, _module in (("cpu", _orthogonal_cpu), ("reference", _orthogonal_library)):
+        dispatch.register(
+            _name,
+            _backend,
+            getattr(_module, f"{_name}_forward"),
+            getattr(_module, f"{_name}_backward"),
+            kernels=(f"{_name}_forward", f"{_name}_backward") if _backend == "cpu" else (),
+        )
 
 
 def second_order(

@@ -134,7 +134,7 @@ def test_orthogonality_of_cayley(norm, kind, n):
     error, polished = (rom.ops.orthogonality_error(rom.ops.cayley(x, polish=p)) for p in (False, True))
     if norm <= 10:
         growth = max(1.0, (n / 64) ** 0.5)
-        assert error.max() <= 4e-6 * growth and polished.max() <= 1e-6 * growth
+        assert error.max() <= 3e-6 * growth and polished.max() <= 1e-6 * growth
     else:
         solved = rom.ops.orthogonality_error(torch.linalg.solve(eye - skew, eye + skew))
         assert error.max() <= 2 * solved.max() and polished.max() <= 5e-6
@@ -226,7 +226,7 @@ def test_non_contiguous_inputs(name):
 
 
 @pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("shape", [(100, 7, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(100, 7, 7), (9, 40, 30)], ids=str)
 def test_deterministic_whatever_the_thread_count(shape, name):
     x, signs = make(shape, torch.float32)
     g, runs = torch.randn(shape), []
