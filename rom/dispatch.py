@@ -43,6 +43,7 @@ class Implementation:
     backward: Callable[..., Any] | None
     kernels: tuple[str, ...]  # native kernels it calls: it is unavailable where one is missing
     module: str | None  # Triton module it launches from
+    shared_bytes: int  # shared memory per block its CUDA kernels ask for
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,11 @@ def register(
     *,
     kernels: tuple[str, ...] = (),
     module: str | None = None,
+    shared_bytes: int = 0,
 ) -> None:
     """Declares that `backend` implements `op` (called by the operator's own file)."""
-    _implementations.setdefault(op, {})[backend] = Implementation(op, backend, forward, backward, kernels, module)
+    declared = Implementation(op, backend, forward, backward, kernels, module, shared_bytes)
+    _implementations.setdefault(op, {})[backend] = declared
 
 
 def implementation(op: str, backend: str) -> Implementation:
@@ -100,8 +103,22 @@ def _unavailable(op: str, backend: str) -> str:
             return f"{native.CUDA_REASON}; rebuild with nvcc on PATH or ROM_CUDA=pip"
         if not torch.cuda.is_available():
             return "no NVIDIA GPU is visible to torch"
+        if too_small := _too_small(found.shared_bytes):
+            return too_small
     missing = [kernel for kernel in found.kernels if not native.has(kernel, backend)]
     return f"the native module lacks {', '.join(missing)}" if missing else ""
+
+
+def _too_small(shared_bytes: int) -> str:
+    """Why a visible GPU cannot run our CUDA kernels; empty if all can."""
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        if gpu.major < 8:
+            return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, the kernels are built for 8.0 and later"
+        if gpu.shared_memory_per_block_optin < shared_bytes:
+            has, wants = gpu.shared_memory_per_block_optin >> 10, shared_bytes >> 10
+            return f"{gpu.name} has {has} KiB of shared memory per block, its kernels need {wants}"
+    return ""
 
 
 def _wanted() -> str:

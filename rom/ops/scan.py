@@ -12,6 +12,7 @@ from rom.reference import scan as reference
 
 OP = "selective_scan"
 MAX_STATE = 256  # of the native kernels
+BACKWARD_SHARED = 129 << 10  # bytes per block of csrc/cuda/scan_backward.cu: GPUs that have less use Triton
 TILE = 32  # ROM_SCAN_TILE: time steps between two state checkpoints
 
 # grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_delta_bias, grad_initial_state; empty where not asked
@@ -387,9 +388,14 @@ def _kernel_backward(
 
 
 _NATIVE = ("scan_forward", "scan_backward")
-for _backend in ("cpu", "cuda"):
+for _backend, _shared in (("cpu", 0), ("cuda", BACKWARD_SHARED)):
     dispatch.register(
-        OP, _backend, partial(_kernel_forward, native), partial(_kernel_backward, native), kernels=_NATIVE
+        OP,
+        _backend,
+        partial(_kernel_forward, native),
+        partial(_kernel_backward, native),
+        kernels=_NATIVE,
+        shared_bytes=_shared,
     )
 _TRITON = _op.Triton("rom.triton_kernels.scan")
 dispatch.register(
