@@ -98,26 +98,25 @@ def _unavailable(op: str, backend: str) -> str:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; `pip install 'rom-kernels[triton]'`"
         return "" if torch.cuda.is_available() or _interpreted() else "no GPU is visible"
-    if backend == "cuda":
-        if native.CUDA_REASON:
-            return f"{native.CUDA_REASON}; rebuild with nvcc on PATH or ROM_CUDA=pip"
-        if not torch.cuda.is_available():
-            return "no NVIDIA GPU is visible to torch"
-        if too_small := _too_small(found.shared_bytes):
-            return too_small
+    if backend == "cuda" and (reason := _no_cuda(found.shared_bytes)):
+        return reason
     missing = [kernel for kernel in found.kernels if not native.has(kernel, backend)]
     return f"the native module lacks {', '.join(missing)}" if missing else ""
 
 
-def _too_small(shared_bytes: int) -> str:
-    """Why a visible GPU cannot run our CUDA kernels; empty if all can."""
+def _no_cuda(shared_bytes: int) -> str:
+    """Why CUDA kernels that ask for so much shared memory per block cannot run here, on every visible GPU."""
+    if native.CUDA_REASON:
+        return f"{native.CUDA_REASON}; rebuild with nvcc on PATH or ROM_CUDA=pip"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU is visible to torch"
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         if gpu.major < 8:
             return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, the kernels are built for 8.0 and later"
-        if gpu.shared_memory_per_block_optin < shared_bytes:
-            has, wants = gpu.shared_memory_per_block_optin >> 10, shared_bytes >> 10
-            return f"{gpu.name} has {has} KiB of shared memory per block, its kernels need {wants}"
+        found: int = getattr(gpu, "shared_memory_per_block_optin", shared_bytes)  # torch's stubs do not know it
+        if found < shared_bytes:
+            return f"{gpu.name} has {found >> 10} KiB of shared memory per block, the kernels need {shared_bytes >> 10}"
     return ""
 
 

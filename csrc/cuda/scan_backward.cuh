@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral ? 1 : 2) scan_backward(cons
                      shared.carry[strip][threadIdx.x]);
     }
   }
-  __syncwarp();  // dD and d delta_bias are read by other lanes than wrote them
+  // Other threads wrote the dD and d delta_bias that end_block() reads, before the last barrier of their last tile.
   end_block(a, c, shared);
 }
 

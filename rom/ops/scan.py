@@ -70,8 +70,8 @@ def selective_scan(
         CPU only). TypeError: a dtype is not supported, or u, delta, z, B and C differ in dtype outside autocast.
 
     Under autocast u, delta, z, B and C are cast to its dtype; parameters and states stay in float32. A complex A (one
-    of each conjugate pair: y = 2 Re Σ C h) and more than 256 states run on the reference backend; float64 does not run
-    on CUDA's where gradients are wanted.
+    of each conjugate pair: y = 2 Re Σ C h) and more than 256 states run on the reference backend. On a GPU
+    float64 runs on Triton if gradients are wanted.
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), eq. 2a and
     algorithm 2, with A discretised exactly and B by Euler's rule, as its code does.
@@ -137,8 +137,8 @@ def _refusals(
         reason = "complex A, B or C run on the reference backend"
     elif A.shape[1] > MAX_STATE:
         reason = f"{A.shape[1]} states per channel, more than {MAX_STATE}"
-    elif u.dtype == torch.float64 and save:  # 64-bit states do not fit its registers
-        return (("cuda", "float64 has no gradient in CUDA"),)
+    elif u.dtype == torch.float64 and save:  # its backward pass fills the registers with 32-bit numbers
+        return (("cuda", "no gradients of float64"),)
     return tuple((backend, reason) for backend in ("cuda", "triton", "cpu") if reason)
 
 

@@ -248,6 +248,19 @@ def test_cuda_graph():
     assert all(torch.equal(c, e) for c, e in zip(captured, expected))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [{}, {"groups": 3, "rows": 2}, {"constant": "C"}], ids=str)
+def test_cuda_graph_of_gradients(case):
+    arguments, options = make((1, 100, 96), 20, torch.bfloat16, "cuda", cu_seqlens=[0, 40, 40, 100], **case)
+    grads = [torch.randn_like(o) for o in rom.ops.selective_scan(**arguments, **options)]
+    expected = outputs_and_gradients(rom.ops.selective_scan, arguments, options, grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_and_gradients(rom.ops.selective_scan, arguments, options, grads)
+    graph.replay()
+    assert all(torch.equal(c, e) for c, e in zip(captured, expected))
+
+
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     """Each set in its own process: the choice is made once."""
