@@ -216,17 +216,22 @@ template <class E>
 ROM_INLINE VectorOf<E> column_numbers(int64_t c) {
   using T = ScalarOfElement<E>;
   VectorOf<E> numbers = broadcast((T)c);
-  if constexpr (step<E> > 1)
-    for (int l = 0; l < step<E>; ++l) numbers[l] += (T)l;
+  for (int l = 0; l < step<E>; ++l) numbers[l] += (T)l;
   return numbers;
 }
 template <class E>
 ROM_INLINE VectorOf<E> choose_left_of(int64_t column, int64_t c, VectorOf<E> yes, VectorOf<E> no) {
-  return column_numbers<E>(c) < (ScalarOfElement<E>)column ? yes : no;
+  if constexpr (step<E> == 1)
+    return c < column ? yes : no;
+  else
+    return column_numbers<E>(c) < (ScalarOfElement<E>)column ? yes : no;
 }
 template <class E>
 ROM_INLINE VectorOf<E> choose_at(int64_t column, int64_t c, VectorOf<E> yes, VectorOf<E> no) {
-  return column_numbers<E>(c) == (ScalarOfElement<E>)column ? yes : no;
+  if constexpr (step<E> == 1)
+    return c == column ? yes : no;
+  else
+    return column_numbers<E>(c) == (ScalarOfElement<E>)column ? yes : no;
 }
 
 // Column j of every row times factors[j].

@@ -120,7 +120,7 @@ def _map(op: str, x: torch.Tensor, signs: torch.Tensor | None, polish: bool) -> 
 
 def _reference(op: str, x: torch.Tensor, signs: torch.Tensor | None, polish: bool) -> torch.Tensor:
     compute = x.dtype if x.is_complex() else _op.compute_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _op.without_autocast(x.device.type):
         q = getattr(reference, op)(x.to(compute))
         if signs is not None:
             q = q * _orthogonal_library.factors(signs, q)
@@ -159,7 +159,7 @@ def _register(op: str) -> None:
     def forward(
         x: torch.Tensor, signs: torch.Tensor | None, polish: bool, backend: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with _op.without_autocast(x.device.type):
             return dispatch.implementation(op, backend).forward(x, signs, polish)
 
     def backward(
@@ -167,16 +167,19 @@ def _register(op: str) -> None:
     ) -> torch.Tensor:
         run = dispatch.implementation(op, backend).backward
         assert run is not None
-        with torch.autocast(x.device.type, enabled=False):
+        with _op.without_autocast(x.device.type):
             return run(grad, x, signs, saved)
 
     def setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
         x, signs, _, ctx.backend = inputs
         ctx.save_for_backward(x, signs, output[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros for it
 
     def autograd(ctx, grad, _):  # type: ignore[no-untyped-def]
         x, signs, saved = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None
         if torch.is_grad_enabled():  # a second derivative is wanted
             (grad_x,) = second_order(lambda x: _reference(op, x, signs, False), (x,), grad)
         else:

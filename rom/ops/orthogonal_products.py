@@ -79,7 +79,7 @@ def _validate(x: torch.Tensor, inp: torch.Tensor, map: str, signs: torch.Tensor 
 
 def _reference(x: torch.Tensor, inp: torch.Tensor, map: str, transpose: bool) -> torch.Tensor:
     compute = _op.compute_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _op.without_autocast(x.device.type):
         function = reference.apply_cayley if map == "cayley" else reference.apply_householder
         return function(x.to(compute), inp.to(compute), transpose).to(x.dtype)
 
@@ -156,7 +156,7 @@ def _householder_backward(
 
 def _forward(x: torch.Tensor, inp: torch.Tensor, map: str, transpose: bool, backend: str) -> Saved:
     compute = _op.compute_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _op.without_autocast(x.device.type):
         run = _cayley_forward if map == "cayley" else _householder_forward
         y, factors, pivots, solution = run(x.to(compute), inp.to(compute), transpose)
     # strides are part of the operator's promise to the compiler, and LAPACK's are column-major
@@ -175,7 +175,7 @@ def _backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     compute = _op.compute_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _op.without_autocast(x.device.type):
         run = _cayley_backward if map == "cayley" else _householder_backward
         saved = (grad, factors, pivots, solution)
         grad_x, grad_inp = run(grad.to(compute), x.to(compute), inp.to(compute), saved, transpose)
@@ -216,10 +216,13 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, inp, ctx.map, ctx.transpose, ctx.backend = inputs
     ctx.save_for_backward(x, inp, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for them
 
 
 def _autograd(ctx, grad, *_):  # type: ignore[no-untyped-def]
     x, inp, *saved = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, None
     if torch.is_grad_enabled():  # a second derivative is wanted
         grads = second_order(lambda x, inp: _reference(x, inp, ctx.map, ctx.transpose), (x, inp), grad)
     else:

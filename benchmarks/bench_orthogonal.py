@@ -1,0 +1,101 @@
+"""Orthogonal maps against torch's three, torch.linalg.qr, geotorch, torch_householder and plain torch.
+
+python benchmarks/bench_orthogonal.py [--quick] [--shape BATCH,N,K] [--targets]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import orthogonal_peers as peers
+import torch
+from harness import Benchmark, Case, Contender, Cost, Row, Target, Tensors, arguments, parse
+
+import rom
+from rom.reference import orthogonal as reference
+
+SHAPES = ["1024,16,16", "256,32,32", "64,64,64", "1,512,512", "1,512,128", "1,2048,64", "16,256,64", "64,512,16"]
+SHAPES += ["64,128,32"]
+BOTH = "forward+backward"
+TARGETS = [
+    Target(f"cayley {BOTH}", "(1024, 16, 16)", "torch cayley", 10),
+    Target(f"cayley {BOTH}", "(256, 32, 32)", "torch cayley", 3),
+    Target(f"cayley {BOTH}", "(64, 64, 64)", "torch cayley", 3),
+    Target(f"cayley {BOTH}", "(1, 512, 128)", "torch cayley", 12),
+    Target(f"cayley {BOTH}", "(1, 2048, 64)", "torch cayley", 600),
+    Target(f"householder {BOTH}", "(1, 512, 128)", "torch householder", 25),
+    Target(f"householder {BOTH}", "(1, 2048, 64)", "torch householder", 400),
+]
+
+
+def timed(map: peers.Map, x: torch.Tensor, grad: torch.Tensor, backward: bool) -> Callable[[], Tensors]:
+    if not backward:
+        return lambda: (map(x),)
+    leaf = x.detach().requires_grad_()
+
+    def both() -> Tensors:
+        q = map(leaf)
+        return (q, *torch.autograd.grad(q, leaf, grad))
+
+    return both
+
+
+def case(name: str, device: str, threads: int, shape: tuple[int, int, int], backward: bool) -> Case:
+    batch, n, k = shape
+    # a unit diagonal is what torch's and torch_householder's Householder read, and what no other map looks at
+    x = (torch.randn(shape, device=device) / n**0.5).tril(-1) + torch.eye(n, k, device=device)
+    grad = torch.randn(shape, device=device)
+    x64, grad64 = x.double(), grad.double()
+
+    def contender(title: str, map: peers.Map | None, own: bool = False, seconds: float = 0) -> Contender:
+        if map is None:
+            return Contender(title, missing="not installed")
+        return Contender(
+            title,
+            lambda: timed(map, x, grad, backward),
+            reference=timed(map, x64, grad64, backward) if own else None,  # another map: its own float64
+            predict=lambda: seconds,
+        )
+
+    square = batch * n**3
+    exp = contender("torch matrix_exp", peers.by_torch("matrix_exp"), own=True, seconds=3e-9 * square)
+    qr = contender("torch.linalg.qr", peers.by_qr, own=True)
+    contenders = [contender("rom", getattr(rom.ops, name))]
+    if name == "cayley":
+        torchs = contender("torch cayley", peers.by_torch("cayley"), seconds=1.5e-10 * square)
+        plain = contender("plain torch", peers.CayleyFormula.apply)
+        contenders += [torchs, plain, qr, exp, contender("geotorch cayley", peers.by_geotorch(), own=True)]
+        operations = batch * (3 * (n - k) * k * k + 2 * k**3) + backward * batch * (6 * (n - k) * k * k + 4 * k**3)
+    else:
+        torchs = contender("torch householder", peers.by_torch("householder"), seconds=batch * k * n * n * 1e-8)
+        plain = contender("plain torch", peers.HouseholderFormula.apply)
+        contenders += [torchs, plain, qr, contender("torch_householder", peers.by_torch_householder())]
+        operations = batch * (3 * n * k * k + k**3) + backward * batch * (6 * n * k * k + 2 * k**3)
+    return Case(
+        f"{name} {BOTH}" if backward else f"{name} forward",
+        str(shape),
+        contenders,
+        timed(getattr(reference, name), x64, grad64, backward),
+        cost=Cost(operations / 2, 0, batch * 4 * (n * k * (5 if backward else 2) + k * k * (2 if backward else 1))),
+        clock="cuda" if device == "cuda" else "cpu" if threads == 1 else "wall",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--shape", metavar="BATCH,N,K", action="append", help="repeatable; default the nine of the table"
+    )
+    options = parse(parser, argv)
+    benchmark = Benchmark("orthogonal maps", options)
+    for text in options.shape or (["8,16,16", "2,64,32"] if options.quick else SHAPES):
+        batch, n, k = (int(part) for part in text.split(","))
+        for name in ("cayley", "householder"):
+            for backward in (False, True):
+                benchmark.run(case(name, options.device, options.threads, (batch, n, k), backward))
+    benchmark.finish(TARGETS)
+    return benchmark.rows
+
+
+if __name__ == "__main__":
+    main()
