@@ -5,6 +5,7 @@ from rom import native as native  # first: it explains a missing or stale build
 # isort: split
 from rom import faults, memory, models, nn, ops
 from rom.dispatch import BackendError, BackendStatus, FallbackWarning, backend, backends
+from rom.faults.inject import inject
 from rom.nn import RoutingMambaBlock
 from rom.ops import Routing
 
@@ -18,6 +19,7 @@ __all__ = [
     "backend",
     "backends",
     "faults",
+    "inject",
     "memory",
     "models",
     "nn",
