@@ -57,7 +57,7 @@ void compare(const char* name, const Tensor<S>& got, double tolerance, Expected 
     for (int64_t i = 0; i < got.dim; ++i) {
       const double want = expected(r, i), error = std::fabs(got.at(r, i) - want);
       scale = std::fmax(scale, std::fabs(want));
-      if (!(error <= worst)) worst = error;  // a NaN stays
+      if (!(error <= worst || std::isnan(worst))) worst = error;  // a NaN stays
     }
   const bool good = worst / scale <= tolerance;
   if (!good) ++failures;
