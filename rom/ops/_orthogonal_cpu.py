@@ -14,7 +14,7 @@ from rom.reference import orthogonal as reference
 
 def fits(n: int, k: int) -> bool:
     """Whether the native kernels take n × k matrices. They run one matrix on one thread, in its core's cache."""
-    return k <= 128 and n * k <= 65536
+    return k <= 128 and n * k <= 262144
 
 
 def _native(kernel: str, x: torch.Tensor, signs: torch.Tensor | None, **tensors: torch.Tensor) -> None:
