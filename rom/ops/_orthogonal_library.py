@@ -62,24 +62,23 @@ def cayley_backward(
 
 
 def householder_forward(x: torch.Tensor, signs: torch.Tensor | None, polish: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Q, T = L⁻¹)."""
+    """(Q, L)."""
     work, k = _compute(x), x.shape[-1]
     v, upper = reference.reflectors(work)
-    t = torch.linalg.solve_triangular(upper, torch.eye(k, dtype=v.dtype, device=v.device).expand_as(upper), upper=True)
-    q = torch.bmm(v, t @ v[:, :k].mT).neg_()
+    q = torch.bmm(v, torch.linalg.solve_triangular(upper, v[:, :k].mT, upper=True)).neg_()
     q[:, :k].diagonal(dim1=-2, dim2=-1).add_(1)
-    return _finish(q, signs, polish, x.dtype), t.contiguous()
+    return _finish(q, signs, polish, x.dtype), upper.contiguous()
 
 
 def householder_backward(
-    grad: torch.Tensor, x: torch.Tensor, signs: torch.Tensor | None, t: torch.Tensor
+    grad: torch.Tensor, x: torch.Tensor, signs: torch.Tensor | None, upper: torch.Tensor
 ) -> torch.Tensor:
-    """Z = T V₁ᵀ;  C = −Tᵀ VᵀG;  L̄ = −C Zᵀ;  V̄ = −G Zᵀ + V (striu L̄ + (striu L̄)ᵀ + diag L̄), and V̄₁ += Cᵀ."""
+    """Z = L⁻¹ V₁ᵀ;  C = −L⁻ᵀ VᵀG;  L̄ = −C Zᵀ;  V̄ = −G Zᵀ + V (striu L̄ + (striu L̄)ᵀ + diag L̄), and V̄₁ += Cᵀ."""
     g, k = _gradient(grad, signs), x.shape[-1]
     v = _compute(x).tril(-1)
     v.diagonal(dim1=-2, dim2=-1).fill_(1)
-    z = t @ v[:, :k].mT
-    c = t.mT @ (v.mT @ g)  # −C
+    z = torch.linalg.solve_triangular(upper, v[:, :k].mT, upper=True)
+    c = torch.linalg.solve_triangular(upper.mT, v.mT @ g, upper=False)  # −C
     lower = (c @ z.mT).triu_()  # L̄
     symmetric = lower + lower.triu(1).mT
     out = torch.baddbmm(v @ symmetric, g, z.mT, alpha=-1)
