@@ -45,6 +45,7 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {
     "scan": {kind: [f"--{kind}"] for kind in ("forward", "backward", "decode")},
     "conv": {kind: [f"--{kind}"] for kind in ("forward", "backward", "update")},
     "block": {"block": []},
+    "orthogonal": {"orthogonal": []},
 }
 FAMILIES = ("scan", "decode", "conv", "norm")  # of launches.py, which needs the built package
 # By what a first run must know; benchmarks not named come last.
