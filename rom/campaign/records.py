@@ -21,7 +21,6 @@ RESULT = np.dtype(
         *((outcome, "<i4") for outcome in OUTCOMES),  # cells by outcome; they add up to `cells`
         ("mismatch", "<i4"),  # cells whose top-1 differs from the golden run's, due or not
         ("delta_loss", "<f8"),  # Σ |cross entropy − golden cross entropy| over cells that are not due
-        ("top2_shift", "<f8"),  # Σ |top-1 minus top-2 logit, faulty − golden| over cells that are not due
         ("old", "<u4"),  # bits of the value before and after, of the fault's first site
         ("new", "<u4"),
     ]
