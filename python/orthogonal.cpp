@@ -3,21 +3,20 @@
 
 #include "kernels.hpp"
 
-#define FORWARD TENSOR(x), TENSOR(signs), TENSOR(q), TENSOR(inverse), TENSOR(workspace)
-#define BACKWARD TENSOR(grad), TENSOR(x), TENSOR(signs), TENSOR(inverse), TENSOR(grad_x), TENSOR(workspace)
-
 #define ARGS rom_cayley_forward_args
-ROM_KERNEL_WITH_WORKSPACE(cayley_forward, FORWARD);
+ROM_KERNEL_WITH_WORKSPACE(cayley_forward, TENSOR(x), TENSOR(signs), TENSOR(q), TENSOR(workspace));
 #undef ARGS
 
 #define ARGS rom_cayley_backward_args
-ROM_KERNEL_WITH_WORKSPACE(cayley_backward, BACKWARD);
+ROM_KERNEL_WITH_WORKSPACE(cayley_backward, TENSOR(grad), TENSOR(x), TENSOR(signs), TENSOR(q), TENSOR(grad_x),
+                          TENSOR(workspace));
 #undef ARGS
 
 #define ARGS rom_householder_forward_args
-ROM_KERNEL_WITH_WORKSPACE(householder_forward, FORWARD);
+ROM_KERNEL_WITH_WORKSPACE(householder_forward, TENSOR(x), TENSOR(signs), TENSOR(q), TENSOR(inverse), TENSOR(workspace));
 #undef ARGS
 
 #define ARGS rom_householder_backward_args
-ROM_KERNEL_WITH_WORKSPACE(householder_backward, BACKWARD);
+ROM_KERNEL_WITH_WORKSPACE(householder_backward, TENSOR(grad), TENSOR(x), TENSOR(signs), TENSOR(inverse), TENSOR(grad_x),
+                          TENSOR(workspace));
 #undef ARGS

@@ -65,9 +65,12 @@ void negate(int64_t k, E* a, int64_t ld) {
 // ------------------------------------------------------------------------------------------------ forward
 template <class E>
 struct Forward {
+  using T = ScalarOfElement<E>;
+  using V = VectorOf<E>;
+  int64_t n, k, ld;
   E *v, *top, *t, *z, *q, *signs, *scratch;
-  Forward(Arena& arena, int64_t n, int64_t k) {
-    const int64_t ld = padded<E>(k);
+
+  Forward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(padded<E>(k)) {
     const int64_t square = padded<E>(k) * ld;
     v = arena.take<E>(padded<E>(n) * ld);
     q = arena.take<E>(n * ld);
@@ -77,50 +80,37 @@ struct Forward {
     signs = arena.take<E>(ld);
     scratch = arena.take<E>(invert_scratch<E>(k));
   }
+
+  void run(const rom_householder_forward_args& a, const Group& group) const {
+    group.load(a.x, n, v);
+    form_v<E>(k, v, top, ld);
+    multiply_v_transposed<E>(n, k, v, v, t, ld);
+    for (int64_t i = 0; i < k; ++i)
+      each_column<E>(k, [&](int64_t c) {
+        const V value = read(t + i * ld + c);
+        write(t + i * ld + c, choose_left_of<E>(i, c, V{}, choose_at<E>(i, c, value * (T)0.5, value)));
+      });
+    invert<E>(k, t, ld, scratch, true);
+    form_z<E>(k, t, top, z, ld);
+    negate<E>(k, z, ld);
+    multiply_v<E>(n, k, v, z, q, ld);
+    for (int64_t i = 0; i < k; ++i) q[i * ld + i] += (T)1;
+    if (a.signs.data) {
+      group.load(a.signs, 1, signs);
+      scale_columns<E>(n, k, signs, q, ld);
+    }
+    group.store(q, n, a.q);
+    group.store(t, k, a.inverse);
+  }
 };
-
-template <class E>
-void forward(int64_t n, int64_t k, const Forward<E>& w, bool has_signs) {
-  using T = ScalarOfElement<E>;
-  using V = VectorOf<E>;
-  const int64_t ld = padded<E>(k);
-  form_v<E>(k, w.v, w.top, ld);
-  multiply_v_transposed<E>(n, k, w.v, w.v, w.t, ld);
-  for (int64_t i = 0; i < k; ++i)
-    each_column<E>(k, [&](int64_t c) {
-      const V value = read(w.t + i * ld + c);
-      write(w.t + i * ld + c, choose_left_of<E>(i, c, V{}, choose_at<E>(i, c, value * (T)0.5, value)));
-    });
-  invert<E>(k, w.t, ld, w.scratch, true);
-  form_z<E>(k, w.t, w.top, w.z, ld);
-  negate<E>(k, w.z, ld);
-  multiply_v<E>(n, k, w.v, w.z, w.q, ld);
-  for (int64_t i = 0; i < k; ++i) w.q[i * ld + i] += (T)1;
-  if (has_signs) scale_columns<E>(n, k, w.signs, w.q, ld);
-}
-
-template <class E>
-void forward_batch(const rom_householder_forward_args& a) {
-  using T = ScalarOfElement<E>;
-  const int64_t n = a.x.size[1], k = a.x.size[2];
-  const T *x = (const T*)a.x.data, *signs = (const T*)a.signs.data;
-  T *q = (T*)a.q.data, *inverse = (T*)a.inverse.data;
-  each_group<Forward, E>(a.x.size[0], n, k, a.launch, a.workspace.data,
-                         [&](const Forward<E>& w, int64_t first, int64_t count) {
-                           load_group(x + first * n * k, count, n, k, w.v);
-                           if (signs) load_group(signs + first * k, count, 1, k, w.signs);
-                           forward<E>(n, k, w, signs != nullptr);
-                           store_group(w.q, count, n, k, q + first * n * k);
-                           store_group(w.t, count, k, k, inverse + first * k * k);
-                         });
-}
 
 // ------------------------------------------------------------------------------------------------ backward
 template <class E>
 struct Backward {
+  int64_t n, k, ld;
   E *v, *g, *top, *t, *z, *c, *s, *out, *signs;
-  Backward(Arena& arena, int64_t n, int64_t k) {
-    const int64_t ld = padded<E>(k);
+
+  Backward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(padded<E>(k)) {
     const int64_t square = padded<E>(k) * ld;
     v = arena.take<E>(padded<E>(n) * ld);
     g = arena.take<E>(n * ld);
@@ -132,70 +122,52 @@ struct Backward {
     s = arena.take<E>(square);
     signs = arena.take<E>(ld);
   }
+
+  void run(const rom_householder_backward_args& a, const Group& group) const {
+    group.load(a.x, n, v);
+    group.load(a.grad, n, g);
+    group.load(a.inverse, k, t);
+    if (a.signs.data) {
+      group.load(a.signs, 1, signs);
+      scale_columns<E>(n, k, signs, g, ld);
+    }
+    gradient();
+    group.store(out, n, a.grad_x);
+  }
+
+ private:
+  // C = T^T V^T G;  L's gradient is the upper triangle of C Z^T, M that triangle and its mirror image;
+  // grad V = V M - G Z^T, and its first k rows lose C^T.
+  void gradient() const {
+    form_v<E>(k, v, top, ld);
+    form_z<E>(k, t, top, z, ld);
+    multiply_v_transposed<E>(n, k, v, g, s, ld);
+    each_strip(k, [&](int64_t i, int64_t rows) {  // T^T: row i ends at column i
+      multiply<E>(rows, k, i + rows, transposed(t + i, ld), s, ld, c + i * ld, ld);
+    });
+    transpose<E>(k, z, top, ld);  // Z^T: row l ends at column l
+    multiply<E>(k, k, k, plain(c, ld), top, ld, s, ld);
+    transpose<E>(k, s, z, ld);
+    for (int64_t i = 0; i < k; ++i)
+      each_column<E>(k, [&](int64_t j) {
+        E* at = s + i * ld + j;
+        write(at, choose_left_of<E>(i, j, read(z + i * ld + j), read(at)));
+      });
+    negate<E>(k, top, ld);
+    multiply<E>(n, k, k, plain(g, ld), top, ld, out, ld);
+    multiply_v<E>(n, k, v, s, out, ld, Into::add);
+    transpose<E>(k, c, z, ld);
+    for (int64_t i = 0; i < k; ++i)
+      each_column<E>(k, [&](int64_t j) {
+        E* at = out + i * ld + j;
+        write(at, choose_left_of<E>(i, j, read(at) - read(z + i * ld + j), VectorOf<E>{}));
+      });
+  }
 };
-
-// C = T^T V^T G;  L's gradient is the upper triangle of C Z^T, M that triangle and its mirror image;
-// grad V = V M - G Z^T, and its first k rows lose C^T.
-template <class E>
-void backward(int64_t n, int64_t k, const Backward<E>& w, bool has_signs) {
-  const int64_t ld = padded<E>(k);
-  if (has_signs) scale_columns<E>(n, k, w.signs, w.g, ld);
-  form_v<E>(k, w.v, w.top, ld);
-  form_z<E>(k, w.t, w.top, w.z, ld);
-  multiply_v_transposed<E>(n, k, w.v, w.g, w.s, ld);
-  each_strip(k, [&](int64_t i, int64_t rows) {  // T^T: row i ends at column i
-    multiply<E>(rows, k, i + rows, transposed(w.t + i, ld), w.s, ld, w.c + i * ld, ld);
-  });
-  transpose<E>(k, w.z, w.top, ld);  // Z^T: row l ends at column l
-  multiply<E>(k, k, k, plain(w.c, ld), w.top, ld, w.s, ld);
-  transpose<E>(k, w.s, w.z, ld);
-  for (int64_t i = 0; i < k; ++i)
-    each_column<E>(k, [&](int64_t c) {
-      E* at = w.s + i * ld + c;
-      write(at, choose_left_of<E>(i, c, read(w.z + i * ld + c), read(at)));
-    });
-  negate<E>(k, w.top, ld);
-  multiply<E>(n, k, k, plain(w.g, ld), w.top, ld, w.out, ld);
-  multiply_v<E>(n, k, w.v, w.s, w.out, ld, Into::add);
-  transpose<E>(k, w.c, w.z, ld);
-  for (int64_t i = 0; i < k; ++i)
-    each_column<E>(k, [&](int64_t c) {
-      E* at = w.out + i * ld + c;
-      write(at, choose_left_of<E>(i, c, read(at) - read(w.z + i * ld + c), VectorOf<E>{}));
-    });
-}
-
-template <class E>
-void backward_batch(const rom_householder_backward_args& a) {
-  using T = ScalarOfElement<E>;
-  const int64_t n = a.x.size[1], k = a.x.size[2];
-  const T *x = (const T*)a.x.data, *grad = (const T*)a.grad.data, *inverse = (const T*)a.inverse.data;
-  const T* signs = (const T*)a.signs.data;
-  T* grad_x = (T*)a.grad_x.data;
-  each_group<Backward, E>(a.x.size[0], n, k, a.launch, a.workspace.data,
-                          [&](const Backward<E>& w, int64_t first, int64_t count) {
-                            load_group(x + first * n * k, count, n, k, w.v);
-                            load_group(grad + first * n * k, count, n, k, w.g);
-                            load_group(inverse + first * k * k, count, k, k, w.t);
-                            if (signs) load_group(signs + first * k, count, 1, k, w.signs);
-                            backward<E>(n, k, w, signs != nullptr);
-                            store_group(w.out, count, n, k, grad_x + first * n * k);
-                          });
-}
 
 }  // namespace
 
-ROM_CPU_WORKSPACE(rom_householder_forward, rom_householder_forward_args) {
-  return group_workspace<Forward>(a.x, a.launch);
-}
-ROM_CPU_KERNEL(rom_householder_forward, rom_householder_forward_args) {
-  const bool known = with_element(a.x, [&]<class E>(Type<E>) { forward_batch<E>(a); });
-  return known ? ROM_OK : rom_fail(ROM_UNSUPPORTED, "dtype %d of x", a.x.dtype);
-}
-ROM_CPU_WORKSPACE(rom_householder_backward, rom_householder_backward_args) {
-  return group_workspace<Backward>(a.x, a.launch);
-}
-ROM_CPU_KERNEL(rom_householder_backward, rom_householder_backward_args) {
-  const bool known = with_element(a.x, [&]<class E>(Type<E>) { backward_batch<E>(a); });
-  return known ? ROM_OK : rom_fail(ROM_UNSUPPORTED, "dtype %d of x", a.x.dtype);
-}
+ROM_CPU_WORKSPACE(rom_householder_forward, rom_householder_forward_args) { return batch_workspace<Forward>(a); }
+ROM_CPU_KERNEL(rom_householder_forward, rom_householder_forward_args) { return run_batch<Forward>(a); }
+ROM_CPU_WORKSPACE(rom_householder_backward, rom_householder_backward_args) { return batch_workspace<Backward>(a); }
+ROM_CPU_KERNEL(rom_householder_backward, rom_householder_backward_args) { return run_batch<Backward>(a); }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from rom import native
@@ -18,33 +16,66 @@ def fits(n: int, k: int) -> bool:
 
 
 def _native(kernel: str, x: torch.Tensor, signs: torch.Tensor | None, **tensors: torch.Tensor) -> None:
+    if x.numel() == 0:
+        return
     arguments = {"x": x, "signs": None if signs is None else library.factors(signs, x).squeeze(-2), **tensors}
     workspace = native.workspace(kernel, x.device, **arguments)
     native.call(kernel, x.device, workspace=workspace, **arguments)
 
 
-def _forward(name: str, x: torch.Tensor, signs: torch.Tensor | None, polish: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, n, k = x.shape
-    if not fits(n, k) or x.numel() == 0:
-        return getattr(library, f"{name}_forward")(x, signs, polish)
-    work = x.to(_op.compute_dtype(x.dtype)).contiguous()
-    q = native.empty(work.shape, work.dtype, x.device)
-    inverse = native.empty((batch, k, k), work.dtype, x.device)
-    _native(f"{name}_forward", work, signs, q=q, inverse=inverse)
-    return (reference.polish(q) if polish else q).to(x.dtype), inverse
-
-
 def _backward(
-    name: str, grad: torch.Tensor, x: torch.Tensor, signs: torch.Tensor | None, inverse: torch.Tensor
+    name: str, grad: torch.Tensor, x: torch.Tensor, signs: torch.Tensor | None, **saved: torch.Tensor
 ) -> torch.Tensor:
-    if not fits(*x.shape[1:]) or x.numel() == 0:
-        return getattr(library, f"{name}_backward")(grad, x, signs, inverse)
     compute = _op.compute_dtype(x.dtype)
     grad_x = native.empty(x.shape, compute, x.device)
     grad, work = grad.to(compute).contiguous(), x.to(compute).contiguous()
-    _native(f"{name}_backward", work, signs, grad=grad, inverse=inverse, grad_x=grad_x)
+    _native(f"{name}_backward", work, signs, grad=grad, grad_x=grad_x, **saved)
     return grad_x.to(x.dtype)
 
 
-cayley_forward, cayley_backward = partial(_forward, "cayley"), partial(_backward, "cayley")
-householder_forward, householder_backward = partial(_forward, "householder"), partial(_backward, "householder")
+def cayley_forward(x: torch.Tensor, signs: torch.Tensor | None, polish: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Q, nothing): its gradient needs Q alone, in full precision."""
+    if not fits(*x.shape[1:]):
+        return library.cayley_forward(x, signs, polish)
+    work = x.to(_op.compute_dtype(x.dtype)).contiguous()
+    q = native.empty(work.shape, work.dtype, x.device)
+    _native("cayley_forward", work, signs, q=q)
+    q = reference.polish(q) if polish else q
+    return (q, q.new_empty(0)) if x.dtype == q.dtype else (q.to(x.dtype), q)
+
+
+def cayley_backward(
+    grad: torch.Tensor, x: torch.Tensor, signs: torch.Tensor | None, saved: torch.Tensor
+) -> torch.Tensor:
+    """`saved` is Q, or what the library's forward saved."""
+    if not fits(*x.shape[1:]):
+        return library.cayley_backward(grad, x, signs, saved)
+    return _backward("cayley", grad, x, signs, q=saved)
+
+
+def householder_forward(x: torch.Tensor, signs: torch.Tensor | None, polish: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Q, L⁻¹)."""
+    batch, n, k = x.shape
+    if not fits(n, k):
+        return library.householder_forward(x, signs, polish)
+    work = x.to(_op.compute_dtype(x.dtype)).contiguous()
+    q = native.empty(work.shape, work.dtype, x.device)
+    inverse = native.empty((batch, k, k), work.dtype, x.device)
+    _native("householder_forward", work, signs, q=q, inverse=inverse)
+    return (reference.polish(q) if polish else q).to(x.dtype), inverse
+
+
+def householder_backward(
+    grad: torch.Tensor, x: torch.Tensor, signs: torch.Tensor | None, saved: torch.Tensor
+) -> torch.Tensor:
+    """`saved` is L⁻¹, or what the library's forward saved."""
+    if not fits(*x.shape[1:]):
+        return library.householder_backward(grad, x, signs, saved)
+    return _backward("householder", grad, x, signs, inverse=saved)
+
+
+def saved_shape(name: str, batch: int, n: int, k: int, same_dtype: bool) -> tuple[int, ...]:
+    """The shape of a forward pass's second result; `same_dtype`: x has the dtype it computes in."""
+    if name == "cayley" and fits(n, k):
+        return (0,) if same_dtype else (batch, n, k)
+    return batch, k, k

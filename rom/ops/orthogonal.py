@@ -130,7 +130,8 @@ def _reference(op: str, x: torch.Tensor, signs: torch.Tensor | None, polish: boo
 
 
 # ------------------------------------------------------------------------------------------------ registration
-# Per map: forward to (Q, what the gradient needs besides x), backward to x's gradient. x is `[batch, n, k]`, n >= k.
+# Per map: forward to (Q, what the gradient needs besides x; empty, of one dimension, if that is Q), backward to x's
+# gradient. x is `[batch, n, k]`, n >= k.
 for _name in ("cayley", "householder"):
     for _backend, _module in (("cpu", _orthogonal_cpu), ("reference", _orthogonal_library)):
         dispatch.register(
@@ -172,8 +173,9 @@ def _register(op: str) -> None:
 
     def setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
         x, signs, _, ctx.backend = inputs
-        ctx.save_for_backward(x, signs, output[1])
-        ctx.mark_non_differentiable(output[1])
+        q, saved = output
+        ctx.save_for_backward(x, signs, q if saved.dim() == 1 else saved)
+        ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)  # no zeros for it
 
     def autograd(ctx, grad, _):  # type: ignore[no-untyped-def]
@@ -187,8 +189,11 @@ def _register(op: str) -> None:
         return grad_x, None, None, None
 
     def fake(x, signs, polish, backend):  # type: ignore[no-untyped-def]
-        batch, _, k = x.shape
-        return x.new_empty(x.shape), x.new_empty((batch, k, k), dtype=_op.compute_dtype(x.dtype))
+        batch, n, k = x.shape
+        compute = _op.compute_dtype(x.dtype)
+        native = backend == "cpu"
+        shape = _orthogonal_cpu.saved_shape(op, batch, n, k, x.dtype == compute) if native else (batch, k, k)
+        return x.new_empty(x.shape), x.new_empty(shape, dtype=compute)
 
     def fake_backward(grad, x, signs, saved, backend):  # type: ignore[no-untyped-def]
         return x.new_empty(x.shape)

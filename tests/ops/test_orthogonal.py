@@ -31,10 +31,13 @@ def by_autograd(name, x, signs):
 
 
 def with_norm(kind, n, norm):
-    """x whose S = (tril x − tril xᵀ)/2 has the given spectral norm: dense, or of rank 2."""
+    """x whose S = (tril x − tril xᵀ)/2 has the given spectral norm: dense, of rank 2, or all eigenvalues ±i norm."""
     s = torch.randn(n, n, dtype=torch.float64)
     if kind == "rank 2":
         s = torch.randn(n, 1, dtype=torch.float64) @ torch.randn(1, n, dtype=torch.float64)
+    if kind == "turns":
+        s = torch.linalg.qr(s)[0]
+        s = s[:, : n // 2] @ s[:, n // 2 :].mT
     s = s - s.mT
     return (2 * norm / torch.linalg.matrix_norm(s, 2) * s).tril().float()
 
@@ -138,6 +141,31 @@ def test_orthogonality_of_cayley(norm, kind, n):
     else:
         solved = rom.ops.orthogonality_error(torch.linalg.solve(eye - skew, eye + skew))
         assert error.max() <= 2 * solved.max() and polished.max() <= 5e-6
+
+
+@pytest.mark.parametrize("n", [16, 64])
+@pytest.mark.parametrize("kind", ["dense", "rank 2", "turns"])
+@pytest.mark.parametrize("norm", [1.0, 30.0, 1e4])
+def test_gradients_of_cayley_far_from_the_origin(norm, kind, n, device):
+    """The gradient needs R = (Q + I)/2, which is as small as 1e-4 where all angles are near 180°."""
+    x = torch.stack([with_norm(kind, n, norm) for _ in range(20)]).to(device)
+    x[7:9] = torch.stack([with_norm("dense", n, 1.0) for _ in range(2)])  # lanes of both kinds
+    g = torch.randn_like(x)
+
+    def gradient(function, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(function(x), x, g.to(x.dtype))[0]
+
+    def solved(x):
+        skew, eye = (x.tril() - x.tril().mT) / 2, torch.eye(n, dtype=x.dtype, device=device)
+        return torch.linalg.solve(eye - skew, eye + skew)
+
+    expected = gradient(solved, x.double())
+    got, plain = (
+        (gradient(f, x).double() - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
+        for f in (rom.ops.cayley, solved)
+    )
+    assert got.max() <= 2 * plain.max() + 5e-7
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (20, 16, 16), (512, 64), (300, 150)], ids=str)
