@@ -134,7 +134,7 @@ def test_weightings():
 def test_stratified_interval_covers_with_strata_that_show_nothing():
     """Three of five strata are expected to show less than one event: the plain variance formula would miss them."""
     rng = np.random.default_rng(6)
-    p, w, n = np.array([0.3, 0.1, 0.004, 0.004, 0.004]), np.array([0.05, 0.05, 0.3, 0.3, 0.3]), 100
+    p, w, n = np.array([0.3, 0.1, 0.002, 0.002, 0.002]), np.array([0.02, 0.02, 0.32, 0.32, 0.32]), 100
     got, plain = [], []
     for _ in range(1500):
         k = rng.binomial(n, p)
