@@ -233,13 +233,20 @@ class FaultPlan:
     def save(self, path: str | Path) -> None:
         """Writes the plan: a line of JSON that says all, and for explicit sites their records. Never half a file."""
         with files.replacing(Path(path)) as partial:
-            header = json.dumps(self._header()).encode() + b"\n"
-            partial.write_bytes(MAGIC + header + self._payload())
+            partial.write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return MAGIC + json.dumps(self._header()).encode() + b"\n" + self._payload()
 
     @classmethod
     def load(cls, path: str | Path) -> FaultPlan:
         """Reads a plan; ValueError when the file is no plan, of another schema, or damaged."""
-        content = Path(path).read_bytes()
+        return cls.from_bytes(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, path: str = "the content") -> FaultPlan:
+        """What `to_bytes` gave; `path` is its name in errors, which are those of `load`."""
         if not content.startswith(MAGIC) or b"\n" not in content[len(MAGIC) :]:
             raise ValueError(f"rom.faults.FaultPlan.load: {path} is not a fault plan.")
         line, payload = content[len(MAGIC) :].split(b"\n", 1)
