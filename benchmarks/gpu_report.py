@@ -47,7 +47,7 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {
     "block": {"block": []},
     "orthogonal": {"orthogonal": []},
 }
-FAMILIES = ("scan", "decode", "conv", "norm")  # of launches.py, which needs the built package
+FAMILIES = ("scan", "decode", "conv", "norm", "routing")  # of launches.py, which needs the built package
 # By what a first run must know; benchmarks not named come last.
 ORDER = ("build", "tests", "peers", "scan", "micro", "conv", "train", "sanitizer", "profile")
 

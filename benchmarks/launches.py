@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from harness import Tensors
@@ -140,7 +141,30 @@ def norm(large: bool, device: str) -> Iterator[Launch]:
         yield from _both_ways("norm", "add_rms_norm", str(sizes), rom.ops.add_rms_norm, lambda s=sizes: inputs(*s))
 
 
-FAMILIES = {"scan": scan, "decode": decode, "conv": conv, "norm": norm}
+def routing(large: bool, device: str) -> Iterator[Launch]:
+    """Router and sort, then the projections before and after the sequence stage of a block."""
+
+    def route(logits: Tensor) -> Tensors:
+        return (rom.ops.route(logits, top_k).weights,)
+
+    def project(x: Tensor, weight: Tensor, rows_in: str = "token", rows_out: str = "token") -> Tensors:
+        routing = rom.ops.route(torch.randn(tokens, experts, device=device), top_k)
+        return (rom.ops.routed_linear(x, weight, routing, None, rows_out == "token", rows_in, rows_out),)
+
+    def inputs(rows: int, wide: int, narrow: int) -> dict[str, Tensor]:
+        x, weight = torch.randn(rows, wide, device=device), torch.randn(experts, narrow, wide, device=device)
+        return {"x": x.bfloat16(), "weight": weight.bfloat16()}
+
+    for tokens, dim, experts, top_k in ((32768, 2048, 8, 1),) if large else ((33, 24, 5, 2), (200, 40, 8, 1)):
+        slots = tokens * top_k
+        before, after = partial(inputs, tokens, dim, 4 * dim), partial(inputs, slots, 2 * dim, dim)
+        name, logits = f"({tokens}, {dim}, {experts}, {top_k})", torch.randn(tokens, experts, device=device)
+        yield from _both_ways("routing", "route", name, route, partial(dict, logits=logits))
+        yield from _both_ways("routing", "routed_linear", name, partial(project, rows_out="expert"), before)
+        yield from _both_ways("routing", "routed_linear", name, partial(project, rows_in="expert"), after)
+
+
+FAMILIES = {"scan": scan, "decode": decode, "conv": conv, "norm": norm, "routing": routing}
 
 
 # ------------------------------------------------------------------------------------------------ the run

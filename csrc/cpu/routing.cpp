@@ -43,7 +43,7 @@ void select(const S* logits, int64_t experts, int64_t top_k, int32_t* best) {
 template <class T>
 void exp_all(T* x, int64_t size) {
   constexpr T lowest = sizeof(T) == 8 ? -708 : -87;  // below it exp is zero in this type, -inf included
-  const auto one = [](Vec<T> v) { return v < lowest ? broadcast((T)0) : exp(at_least(v, lowest)); };
+  const auto one = [](Vec<T> v) { return v < lowest ? broadcast((T)0) : exp_rounded(at_least(v, lowest)); };
   int64_t i = 0;
   for (; i + lanes<T> <= size; i += lanes<T>) store(x + i, one(load(x + i)));
   if (i < size) store_partial(x + i, one(load_partial(x + i, (int)(size - i))), (int)(size - i));

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 
 from rom import dispatch, native
 from rom.ops import _op
+from rom.ops import _routed_linear_gpu as gpu
 from rom.ops.routing import Routing
 from rom.reference import routing as reference
 
 ROWS = ("token", "expert")
-# grad_x, grad_weight, grad_bias, grad_weights (empty where not asked for)
-Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def routed_linear(
@@ -65,7 +64,8 @@ def routed_linear(
     _validate(x, weight, routing, bias, rows_in, rows_out)
     if weight.shape[0] == 1:  # one expert: both orders are the same, and this is nn.Linear
         return _single(x, weight[0], None if bias is None else bias[0], routing.weights if weighted else None)
-    backend = dispatch.choose("routed_linear", x.device.type)
+    why = gpu.refusal(weight)
+    backend = dispatch.choose("routed_linear", x.device.type, (("triton", why),) if why else ())
     if backend == "reference":
         return reference.routed_linear(x, weight, routing, bias, weighted, rows_in, rows_out)
     weights = routing.weights if weighted else None
@@ -205,7 +205,7 @@ def _cpu_backward(
     rows_in: str,
     rows_out: str,
     needs: list[bool],
-) -> Grads:
+) -> gpu.Grads:
     """With dO the gradient and R the weights:  dx = R dO W,  dW = (R dO)ᵀ x,  db = Σ R dO, and
     dR = ⟨dO, x Wᵀ + b⟩ = ⟨dO W, x⟩ + ⟨dO, b⟩, so that no expert output has to be kept for it."""
     needs_x, needs_weight, needs_bias, needs_weights = needs
@@ -237,6 +237,7 @@ def _cpu_backward(
     return grad_x, grad_weight, grad_bias, dots[inv.long()].to(weights.dtype)
 
 
+dispatch.register("routed_linear", "triton", gpu.forward, gpu.backward, module=gpu.MODULE)
 dispatch.register("routed_linear", "cpu", _cpu_forward, _cpu_backward)
 # Never through the op: plain torch needs no opaque one, neither to be traced nor to be differentiated twice.
 dispatch.register("routed_linear", "reference", reference.routed_linear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ def _validate(logits: torch.Tensor, top_k: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ implementations
 _REAL = ("weights", "probs")
+_TRITON = "rom.triton_kernels.routing"
 
 
 def _shapes(logits: torch.Tensor, top_k: int) -> tuple[tuple[int, ...], ...]:
@@ -114,7 +116,9 @@ def _shapes(logits: torch.Tensor, top_k: int) -> tuple[tuple[int, ...], ...]:
     return slots, slots, (experts,), (experts + 1,), (tokens * top_k,), slots, (tokens, experts)
 
 
-def _native_forward(logits: torch.Tensor, top_k: int, normalize: bool, routed_scale: float) -> reference.Tensors:
+def _kernel_forward(
+    kernels: _op.Kernels, logits: torch.Tensor, top_k: int, normalize: bool, routed_scale: float
+) -> reference.Tensors:
     real, integer = _op.compute_dtype(logits.dtype), torch.int32
     fields = {
         name: native.empty(shape, real if name in _REAL else integer, logits.device)
@@ -122,12 +126,13 @@ def _native_forward(logits: torch.Tensor, top_k: int, normalize: bool, routed_sc
     }
     scalars = {"normalize": int(normalize), "routed_scale": routed_scale}
     arguments = {"logits": logits.contiguous(), **fields, **scalars}
-    workspace = native.workspace("route_forward", logits.device, **arguments)
-    native.call("route_forward", logits.device, workspace=workspace, **arguments)
+    workspace = kernels.workspace("route_forward", logits.device, **arguments)
+    kernels.call("route_forward", logits.device, workspace=workspace, **arguments)
     return tuple(fields.values())
 
 
-def _native_backward(
+def _kernel_backward(
+    kernels: _op.Kernels,
     probs: torch.Tensor,
     indices: torch.Tensor,
     weights: torch.Tensor,
@@ -137,7 +142,7 @@ def _native_backward(
     routed_scale: float,
 ) -> torch.Tensor:
     grad_logits = native.empty(probs.shape, probs.dtype, probs.device)
-    native.call(
+    kernels.call(
         "route_backward",
         probs.device,
         probs=probs,
@@ -171,7 +176,12 @@ def _reference_backward(
     return probs * (grad - (grad * probs).sum(-1, keepdim=True))
 
 
-dispatch.register("route", "cpu", _native_forward, _native_backward, kernels=("route_forward", "route_backward"))
+for _backend, _kernels, _names, _module in (
+    ("triton", _op.Triton(_TRITON), (), _TRITON),
+    ("cpu", native, ("route_forward", "route_backward"), None),
+):
+    _run, _run_back = partial(_kernel_forward, _kernels), partial(_kernel_backward, _kernels)
+    dispatch.register("route", _backend, _run, _run_back, kernels=_names, module=_module)
 dispatch.register("route", "reference", reference.route, _reference_backward)
 
 

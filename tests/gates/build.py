@@ -53,22 +53,29 @@ def compile_cuda(source: str, folder: Path) -> Path:
 
 
 def compile_triton(
-    module: str, kernel: str, folder: Path, signature: dict[str, str], constants: dict[str, object], num_warps: int
+    module: str,
+    kernel: str,
+    folder: Path,
+    signature: dict[str, str],
+    constants: dict[str, object],
+    options: dict[str, int],
 ) -> tuple[Path, int]:
     """A @triton.jit function of rom.triton_kernels.<module> for sm_90: (cubin, bytes of shared memory).
 
-    `signature` gives every run-time argument its type ("*bf16", "i32"), `constants` the others their values; a tensor
-    in neither is absent. Pointers and integers count as multiples of 16, as in a model, or loads would not vectorise.
+    `signature` gives every run-time argument its type ("*bf16", "i32", "tensordesc<bf16[64,64]>"), `constants` the
+    others their values; a tensor in neither is absent. Pointers and integers count as multiples of 16, as in a model,
+    or loads would not vectorise. options: num_warps, num_stages.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     function = getattr(importlib.import_module(f"rom.triton_kernels.{module}"), kernel)
     types = {name: signature.get(name, "constexpr") for name in function.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind != "constexpr"}
+    whole = ("constexpr", "tensordesc")  # of which nothing is a multiple
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if not kind.startswith(whole)}
     values = {name: constants.get(name) for name, kind in types.items() if kind == "constexpr"}
     source = ASTSource(function, types, constexprs=values, attrs=aligned)
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     cubin = folder / f"{module}_{kernel}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     return cubin, compiled.metadata.shared

@@ -1,5 +1,6 @@
 """Every GPU kernel compiles for Hopper within the resources of resources.toml, on a machine without a GPU."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -100,7 +101,13 @@ def test_triton(module, name, tmp_path):
     row = TABLE["triton"][module][name]
     kernel = row.get("kernel", name)
     signature = row["pointers"] | dict.fromkeys(row["integers"], "i32")
-    constants = {n: getattr(tl, v) if isinstance(v, str) else v for n, v in row["constants"].items()}
-    cubin, shared = build.compile_triton(module, kernel, tmp_path, signature, constants, row["num_warps"])
+    constants = {n: getattr(tl, v, v) if isinstance(v, str) else v for n, v in row["constants"].items()}
+    if "tile" in row:
+        tile = importlib.import_module(f"rom.triton_kernels.{module}").TILES[row["tile"]]
+        constants |= {n: v for n, v in tile.items() if n.isupper()}
+        row = row | {n: v for n, v in tile.items() if n.islower()}
+        signature = {n: kind.format(**tile) for n, kind in signature.items()}
+    options = {n: row[n] for n in ("num_warps", "num_stages") if n in row}
+    cubin, shared = build.compile_triton(module, kernel, tmp_path, signature, constants, options)
     assert shared <= row["shared"], f"{shared} bytes of shared memory > {row['shared']}"
     check(row | {"shared": MAX_SHARED}, sass.resources(cubin), sass.instructions(cubin))

@@ -45,6 +45,12 @@ void check_exp2() {
   CHECK(nan != nan);
 }
 
+void check_exp_rounded() {
+  sweep<float>(
+      -87, 80, kSteps, [](vfloat x) { return exp_rounded(x); },
+      [](double x, double y) { CHECK_RELATIVE(y, ::exp(x), 1.2e-7, x); });
+}
+
 double softplus_exactly(double x) { return x > 20 ? x : ::log1p(::exp(x)); }
 
 void check_softplus() {
@@ -140,6 +146,7 @@ void check_flush() {
 void all() {
   if (!runs_here()) return;
   check_exp2();
+  check_exp_rounded();
   check_softplus();
   check_sigmoid();
   check_reciprocal_and_sum();
