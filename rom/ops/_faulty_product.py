@@ -19,12 +19,18 @@ Patch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, Extents, Extent
 Accumulate = Callable[..., torch.Tensor]
 
 
-# ------------------------------------------------------------------------------------------------ the native primitives
-def native_patch(
-    values: torch.Tensor, table: torch.Tensor, log: torch.Tensor, target: int, extents: Extents, strides: Extents
+# ------------------------------------------------------------------------------------------------ primitives
+def kernel_patch(
+    kernels: _op.Kernels,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    log: torch.Tensor,
+    target: int,
+    extents: Extents,
+    strides: Extents,
 ) -> None:
     names = ("sample", "row", "col", "k")
-    native.call(
+    kernels.call(
         "fault_patch",
         values.device,
         target=target,
@@ -37,7 +43,8 @@ def native_patch(
     )
 
 
-def native_accumulate(
+def kernel_accumulate(
+    kernels: _op.Kernels,
     a: torch.Tensor,
     b: torch.Tensor,
     bias: torch.Tensor | None,
@@ -49,7 +56,7 @@ def native_accumulate(
     if a.dtype == torch.int8:  # sums of integers are exact in any order: nothing is gained by a second program
         return reference.accumulate(a, b, bias, y, table, events, exact)
     bits = native.empty((len(events.rows), 2), torch.int32, a.device)
-    native.call(
+    kernels.call(
         "fault_accumulate",
         a.device,
         exact=int(exact),

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from rom import dispatch
+from rom import dispatch, native
 from rom.faults import records
 from rom.ops import _faulty_product as product
 from rom.ops import _op
@@ -187,9 +187,17 @@ def _validate(
 
 
 # ------------------------------------------------------------------------------------------------ backends
-for _backend, _patch, _accumulate, _names in (
-    ("cpu", product.native_patch, product.native_accumulate, ("fault_patch", "fault_accumulate")),
-    ("reference", reference.patch, reference.accumulate, ()),
+_TRITON = "rom.triton_kernels.faults"
+
+
+def _primitives(kernels: _op.Kernels) -> tuple[product.Patch, product.Accumulate]:
+    return partial(product.kernel_patch, kernels), partial(product.kernel_accumulate, kernels)
+
+
+for _backend, (_patch, _accumulate), _names, _module in (
+    ("triton", _primitives(_op.Triton(_TRITON)), (), _TRITON),
+    ("cpu", _primitives(native), ("fault_patch", "fault_accumulate"), None),
+    ("reference", (reference.patch, reference.accumulate), (), None),
 ):
     dispatch.register(
         "faulty_matmul",
@@ -197,6 +205,7 @@ for _backend, _patch, _accumulate, _names in (
         partial(product.matmul_forward, _patch, _accumulate),
         partial(product.matmul_backward, _patch, _accumulate),
         kernels=_names,
+        module=_module,
     )
     dispatch.register(
         "faulty_values",
@@ -204,6 +213,7 @@ for _backend, _patch, _accumulate, _names in (
         partial(product.values_forward, _patch),
         partial(product.values_backward, _patch),
         kernels=_names[:1],
+        module=_module,
     )
 
 

@@ -147,6 +147,20 @@ def test_every_target(dtype, backend, mode, device):
     assert entries["old"][0] == bits_of(wide[0][1, 1, 69].item(), dtype) >> (32 if dtype == torch.float64 else 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_hits_the_same_bits(dtype):
+    a, b, bias = operands(dtype)
+    sites = some_sites(dtype)
+    y, log = rom.ops.faulty_matmul(a.cuda(), b.cuda(), sites, bias.cuda())
+    expected, expected_log = rom.ops.faulty_matmul(a, b, sites, bias)
+    assert_close("y", y.cpu(), expected.double(), scale=2)
+    assert torch.equal(log[:, 0].cpu(), expected_log[:, 0])
+    operand = torch.from_numpy(np.isin(sites["target"], (Target.A, Target.B, Target.BIAS)))
+    assert torch.equal(log.cpu()[operand], expected_log[operand])  # elsewhere the words have a sum's rounding in them
+    assert torch.equal((log[:, 1] ^ log[:, 2]).cpu(), expected_log[:, 1] ^ expected_log[:, 2])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_flips_are_those_of_struct(dtype, backend):
