@@ -31,7 +31,7 @@ ROM_INLINE void fetch_ahead(const T* p, int64_t size) {
 // `count` matrices (rows x columns, `stride` elements apart) from `from` on into one group. Missing ones are zero.
 template <class T>
 void load_group(const T* from, int64_t, int64_t, int64_t rows, int64_t columns, T* to) {
-  const int64_t ld = padded<T>(columns);
+  const int64_t ld = leading<T>(columns);
   if (ld == columns) {
     __builtin_memcpy(to, from, (size_t)(rows * ld) * sizeof(T));
     return;
@@ -56,7 +56,7 @@ void load_group(const T* from, int64_t stride, int64_t count, int64_t rows, int6
 }
 template <class T>
 void store_group(const T* from, int64_t, int64_t, int64_t rows, int64_t columns, T* to) {
-  const int64_t ld = padded<T>(columns);
+  const int64_t ld = leading<T>(columns);
   for (int64_t i = 0; i < rows; ++i)
     each_vector<T>(0, columns,
                    [&](int64_t c, auto whole) { put(to + i * columns + c, load(from + i * ld + c), whole); });
@@ -127,8 +127,12 @@ rom_status run_batch(const Args& a) {
     const int64_t bytes = work_bytes<Work, E>(n, k), groups = (batch + group_size<E> - 1) / group_size<E>;
     // a wake-up costs about 5 us: several small groups make a task
     const int64_t work = n * k * k * group_size<E>, per_task = work >= 65536 ? 1 : 65536 / (work + 1) + 1;
-    parallel_for((groups + per_task - 1) / per_task, a.launch.threads, [&](int64_t task, int64_t worker) {
+    const int64_t tasks = (groups + per_task - 1) / per_task;
+    // a few large matrices: one after the other, each by all threads
+    const bool together = tasks < a.launch.threads && k > 128;
+    parallel_for(tasks, together ? 1 : a.launch.threads, [&](int64_t task, int64_t worker) {
       FlushSubnormals flush;
+      team = together ? a.launch.threads : 1;
       Arena arena{aligned(a.workspace.data) + worker * bytes};
       const Work<E> buffers(arena, n, k);
       const int64_t end = (task + 1) * per_task;
@@ -136,6 +140,7 @@ rom_status run_batch(const Args& a) {
         const int64_t first = g * group_size<E>, left = batch - first;
         buffers.run(a, Group{first, left < group_size<E> ? left : (int64_t)group_size<E>});
       }
+      team = 1;
     });
   });
   return known ? ROM_OK : rom_fail(ROM_UNSUPPORTED, "dtype %d of x", a.x.dtype);

@@ -11,9 +11,11 @@ namespace {
 #include "cpu/dense.hpp"
 #include "cpu/matrix_batch.hpp"
 
-// The error without pivoting grows like |S|^2, S = K - I: in float32 3e-6 at |S| = 8, 1e-4 at 100. Up to 64 a Newton
-// step repairs it, at a third of the price of pivoting; beyond that its residual is too large.
-constexpr double kRefineAbove = 8, kPivotAbove = 64;
+// The error without pivoting grows like |S|^2, S = K - I (Frobenius): in float32 3e-6 at |S| = 8, 1e-4 at 100. Beyond 8
+// a matrix in rows is inverted with pivoting, and Q gets a Newton-Schulz step. From 128 columns on |S| is spread over
+// more directions and the bound grows (at 512 training begins near 11, where the error is 2e-6). Lanes, which cannot
+// pivot together, get a Newton step of the inverse up to 64 and are pivoted one by one beyond.
+constexpr double kFarAbove = 8, kPivotLanesAbove = 64;
 
 // ------------------------------------------------------------------------------------------------ the inverse
 template <class E>
@@ -22,48 +24,69 @@ struct Inverse {
   using V = VectorOf<E>;
   int64_t n, k, ld;
   E *r, *kept, *spare, *scratch;
-  T *one, *row;  // for pivoting: the matrices of the lanes, a row
+  T *one, *scratch_of_one;  // for pivoting: the matrices of the lanes, as rows
   int32_t* order;
 
-  Inverse(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(padded<E>(k)) {
+  Inverse(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(leading<E>(k)) {
     const int64_t square = padded<E>(k) * ld;
     r = arena.take<E>(square);
     kept = arena.take<E>(square);
     spare = arena.take<E>(square);
     scratch = arena.take<E>(invert_scratch<E>(k));
-    one = arena.take<T>(group_size<E> > 1 ? group_size<E> * k * k : 0);
-    row = arena.take<T>(k);
+    const bool lanes_too = group_size<E> > 1;
+    one = arena.take<T>(lanes_too ? group_size<E> * rows_size() : 0);
+    scratch_of_one = arena.take<T>(lanes_too ? invert_scratch<T>(k) : 0);
     order = arena.take<int32_t>(k);
   }
 
-  // r = K^-1. Lanes go on together; those that need pivoting are done again, one by one.
-  void of(const E* x) const {
+  // r = K^-1; whether Q = 2 R - I needs a step towards orthogonality.
+  bool of(const E* x) const {
     const auto squares = form(x);
-    T norm[group_size<E>];
-    __builtin_memcpy(norm, &squares, sizeof(norm));
-    bool far = false, pivoting = false;
-    for (const T value : norm) {
-      far |= value > (T)(kRefineAbove * kRefineAbove);
-      pivoting |= !(value <= (T)(kPivotAbove * kPivotAbove));  // or NaN
+    if constexpr (group_size<E> == 1) {
+      const bool near = squares <= far();  // not of a NaN
+      if (near)
+        invert<E>(k, r, ld, scratch);
+      else
+        invert_pivoted<E>(k, r, ld, scratch, order);
+      return !near;
+    } else {
+      of_lanes(squares);
+      return false;
     }
-    if constexpr (group_size<E> == 1)
-      if (pivoting) return invert_pivoted<T>(k, r, ld, row, order);
-    if (far || pivoting) __builtin_memcpy(kept, r, (size_t)(k * ld) * sizeof(E));
-    if constexpr (group_size<E> > 1)
-      for (int lane = 0; pivoting && lane < group_size<E>; ++lane)
-        if (!(norm[lane] <= (T)(kPivotAbove * kPivotAbove))) {
-          for (int64_t e = 0; e < k * k; ++e) one[lane * k * k + e] = r[e][lane];
-          invert_pivoted<T>(k, one + lane * k * k, k, row, order);
-        }
-    invert<E>(k, r, ld, scratch);
-    if (far) refine(squares);
-    if constexpr (group_size<E> > 1)
-      for (int lane = 0; pivoting && lane < group_size<E>; ++lane)
-        if (!(norm[lane] <= (T)(kPivotAbove * kPivotAbove)))
-          for (int64_t e = 0; e < k * k; ++e) r[e][lane] = one[lane * k * k + e];
   }
 
  private:
+  // Of squared norms; NaN is pivoted.
+  T far() const { return (T)(kFarAbove * kFarAbove) * (k > 128 ? (T)k / (T)128 : (T)1); }
+  static bool pivoted(T squares) { return !(squares <= (T)(kPivotLanesAbove * kPivotLanesAbove)); }
+  int64_t rows_size() const { return padded<T>(k) * leading<T>(k); }
+
+  // Lanes go on together; those that need pivoting are done again, one by one.
+  void of_lanes(E squares) const {
+    bool some_far = false, some_pivoted = false;
+    for (int lane = 0; lane < group_size<E>; ++lane) {
+      some_far |= squares[lane] > far();
+      some_pivoted |= pivoted(squares[lane]);
+    }
+    if (some_far) __builtin_memcpy(kept, r, (size_t)(k * ld) * sizeof(E));
+    for (int lane = 0; some_pivoted && lane < group_size<E>; ++lane)
+      if (pivoted(squares[lane])) invert_lane(lane);
+    invert<E>(k, r, ld, scratch);
+    if (some_far) refine(squares);
+    for (int lane = 0; some_pivoted && lane < group_size<E>; ++lane)
+      if (pivoted(squares[lane]))
+        for (int64_t i = 0; i < k; ++i)
+          for (int64_t j = 0; j < k; ++j) r[i * k + j][lane] = one[lane * rows_size() + i * leading<T>(k) + j];
+  }
+
+  // one[lane] = K^-1 of the lane, with pivoting.
+  void invert_lane(int lane) const {
+    T* to = one + lane * rows_size();
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j < leading<T>(k); ++j) to[i * leading<T>(k) + j] = j < k ? r[i * k + j][lane] : (T)0;
+    invert_pivoted<T>(k, to, leading<T>(k), scratch_of_one, order);
+  }
+
   // r = K; the squared Frobenius norm of K - I (per lane).
   E form(const E* x) const {
     E *lower = spare, *upper = kept;  // not in use yet
@@ -87,18 +110,13 @@ struct Inverse {
       return squares;
   }
 
-  // R += R (I - K R) with K in `kept`; of lanes, only those that need it.
+  // Lanes that need it: R += R (I - K R), with K in `kept`.
   void refine(E squares) const {
     multiply<E>(k, k, k, plain(kept, ld), r, ld, spare, ld);
-    for (int64_t i = 0; i < k; ++i)
-      each_column<E>(k, [&](int64_t c) {
-        const V product = read(spare + i * ld + c);
-        write(spare + i * ld + c, choose_at<E>(i, c, (T)1 - product, -product));
-        write(kept + i * ld + c, read(r + i * ld + c));
-      });
+    for (int64_t e = 0; e < k * k; ++e) spare[e] = e % (k + 1) ? -spare[e] : (T)1 - spare[e];
+    __builtin_memcpy(kept, r, (size_t)(k * k) * sizeof(E));
     multiply<E>(k, k, k, plain(kept, ld), spare, ld, r, ld, Into::add);
-    if constexpr (group_size<E> > 1)
-      for (int64_t e = 0; e < k * k; ++e) r[e] = squares > (T)(kRefineAbove * kRefineAbove) ? r[e] : kept[e];
+    for (int64_t e = 0; e < k * k; ++e) r[e] = squares > far() ? r[e] : kept[e];
   }
 };
 
@@ -110,7 +128,7 @@ struct Forward {
   Inverse<E> inverse;
   E *x, *q, *signs;
 
-  Forward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(padded<E>(k)), inverse(arena, n, k) {
+  Forward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(leading<E>(k)), inverse(arena, n, k) {
     x = arena.take<E>(padded<E>(n) * ld);
     q = arena.take<E>(padded<E>(n) * ld);
     signs = arena.take<E>(ld);
@@ -118,7 +136,7 @@ struct Forward {
 
   void run(const rom_cayley_forward_args& a, const Group& group) const {
     group.load(a.x, n, x);
-    inverse.of(x);
+    const bool far = inverse.of(x);
     const E* r = inverse.r;
     for (int64_t i = 0; i < k; ++i)
       each_column<E>(k, [&](int64_t c) {
@@ -126,11 +144,27 @@ struct Forward {
         write(q + i * ld + c, choose_at<E>(i, c, twice - (T)1, twice));
       });
     multiply<E>(n - k, k, k, plain(x + k * ld, ld), r, ld, q + k * ld, ld);
+    if (far) polish();
     if (a.signs.data) {
       group.load(a.signs, 1, signs);
       scale_columns<E>(n, k, signs, q, ld);
     }
     group.store(q, n, a.q);
+  }
+
+ private:
+  // Q += Q (I - Q^T Q) / 2; overwrites x.
+  void polish() const {
+    E* error = inverse.spare;
+    multiply<E>(k, k, n, transposed(q, ld), q, ld, error, ld);
+    for (int64_t i = 0; i < k; ++i)
+      each_column<E>(k, [&](int64_t c) {
+        const VectorOf<E> half = read(error + i * ld + c) * (T)-0.5;
+        write(error + i * ld + c, choose_at<E>(i, c, half + (T)0.5, half));
+      });
+    multiply<E>(n, k, k, plain(q, ld), error, ld, x, ld);
+    for (int64_t i = 0; i < n; ++i)
+      each_column<E>(k, [&](int64_t c) { write(q + i * ld + c, read(q + i * ld + c) + read(x + i * ld + c)); });
   }
 };
 
@@ -147,7 +181,7 @@ struct Backward {
   Inverse<E> inverse;
   E *x, *g, *s, *t, *out, *signs;
 
-  Backward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(padded<E>(k)), inverse(arena, n, k) {
+  Backward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(leading<E>(k)), inverse(arena, n, k) {
     const int64_t square = padded<E>(k) * ld;
     x = arena.take<E>(n * ld);
     g = arena.take<E>(n * ld);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Products of Householder reflections by the compact WY form, and their gradient. The formulas are in rom/orthogonal.h
-// and rom.ops.householder. V, L and Z are triangles: products are done in strips of 16 rows, each over the part of the
-// sum that is not zero.
+// and rom.ops.householder. V, L and Z are triangles: products are done in strips of rows, each over the part of the sum
+// that is not zero and the part of the result that is wanted.
 #include "cpu/kernel.hpp"
 #include "rom/orthogonal.h"
 
@@ -12,27 +12,31 @@ namespace {
 #include "cpu/dense.hpp"
 #include "cpu/matrix_batch.hpp"
 
-constexpr int64_t kStrip = 16;
-
-// f(first row, rows) over strips of [0, n).
-template <class F>
-ROM_INLINE void each_strip(int64_t n, F f) {
-  for (int64_t i = 0; i < n; i += kStrip) f(i, n - i < kStrip ? n - i : kStrip);
-}
+// Rows of a strip: few for small matrices, whose triangles they follow closely, more where each must load the right
+// factor from the second-level cache again.
+ROM_INLINE int64_t strip_of(int64_t k) { return k <= 128 ? 16 : 64; }
 ROM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// C = V^T B, where row i of V^T begins at column i.
+// The upper triangle (in strips) of C = V^T V, or all of C = V^T B; row i of V^T begins at column i.
+template <class E>
+void gram_of_v(int64_t n, int64_t k, const E* v, E* c, int64_t ld) {
+  each_strip(k, strip_of(k), n * k * k / 2, [&](int64_t i, int64_t rows) {
+    const E* corner = v + i * ld + i;
+    multiply<E>(rows, k - i, n - i, transposed(corner, ld), corner, ld, c + i * ld + i, ld);
+  });
+}
 template <class E>
 void multiply_v_transposed(int64_t n, int64_t k, const E* v, const E* b, E* c, int64_t ld) {
-  each_strip(k, [&](int64_t i, int64_t rows) {
+  each_strip(k, strip_of(k), n * k * k / 2, [&](int64_t i, int64_t rows) {
     multiply<E>(rows, k, n - i, transposed(v + i * ld + i, ld), b + i * ld, ld, c + i * ld, ld);
   });
 }
-// C = V B (or C += V B), where row i of V ends at column i.
+// The upper triangle (in strips) of C = A B, where B is a lower triangle, or A and B are upper ones.
 template <class E>
-void multiply_v(int64_t n, int64_t k, const E* v, const E* b, E* c, int64_t ld, Into into = Into::set) {
-  each_strip(n, [&](int64_t i, int64_t rows) {
-    multiply<E>(rows, k, smaller(i + rows, k), plain(v + i * ld, ld), b, ld, c + i * ld, ld, into);
+void multiply_upper(int64_t k, const E* a, const E* b, E* c, int64_t ld) {
+  each_strip(k, strip_of(k), k * k * k / 3, [&](int64_t i, int64_t rows) {
+    const int64_t corner = i * ld + i;
+    multiply<E>(rows, k - i, k - i, plain(a + corner, ld), b + corner, ld, c + corner, ld);
   });
 }
 
@@ -49,14 +53,6 @@ void form_v(int64_t k, E* x, E* top, int64_t ld) {
   transpose<E>(k, x, top, ld);
 }
 
-// Z = T V1^T, both upper triangles.
-template <class E>
-void form_z(int64_t k, const E* t, const E* top, E* z, int64_t ld) {
-  each_strip(k, [&](int64_t i, int64_t rows) {
-    multiply<E>(rows, k, k - i, plain(t + i * ld + i, ld), top + i * ld, ld, z + i * ld, ld);
-  });
-}
-
 template <class E>
 void negate(int64_t k, E* a, int64_t ld) {
   for (int64_t i = 0; i < k; ++i) each_column<E>(k, [&](int64_t c) { write(a + i * ld + c, -read(a + i * ld + c)); });
@@ -70,7 +66,7 @@ struct Forward {
   int64_t n, k, ld;
   E *v, *top, *t, *z, *q, *signs, *scratch;
 
-  Forward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(padded<E>(k)) {
+  Forward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(leading<E>(k)) {
     const int64_t square = padded<E>(k) * ld;
     v = arena.take<E>(padded<E>(n) * ld);
     q = arena.take<E>(n * ld);
@@ -84,16 +80,19 @@ struct Forward {
   void run(const rom_householder_forward_args& a, const Group& group) const {
     group.load(a.x, n, v);
     form_v<E>(k, v, top, ld);
-    multiply_v_transposed<E>(n, k, v, v, t, ld);
+    gram_of_v<E>(n, k, v, t, ld);
     for (int64_t i = 0; i < k; ++i)
       each_column<E>(k, [&](int64_t c) {
         const V value = read(t + i * ld + c);
         write(t + i * ld + c, choose_left_of<E>(i, c, V{}, choose_at<E>(i, c, value * (T)0.5, value)));
       });
     invert<E>(k, t, ld, scratch, true);
-    form_z<E>(k, t, top, z, ld);
-    negate<E>(k, z, ld);
-    multiply_v<E>(n, k, v, z, q, ld);
+    multiply_upper<E>(k, t, top, z, ld);
+    for (int64_t i = 0; i < k; ++i)
+      each_column<E>(k, [&](int64_t c) { write(z + i * ld + c, choose_left_of<E>(i, c, V{}, -read(z + i * ld + c))); });
+    each_strip(n, strip_of(k), n * k * k, [&](int64_t i, int64_t rows) {  // row i of V ends at column i
+      multiply<E>(rows, k, smaller(i + rows, k), plain(v + i * ld, ld), z, ld, q + i * ld, ld);
+    });
     for (int64_t i = 0; i < k; ++i) q[i * ld + i] += (T)1;
     if (a.signs.data) {
       group.load(a.signs, 1, signs);
@@ -110,7 +109,7 @@ struct Backward {
   int64_t n, k, ld;
   E *v, *g, *top, *t, *z, *c, *s, *out, *signs;
 
-  Backward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(padded<E>(k)) {
+  Backward(Arena& arena, int64_t n, int64_t k) : n(n), k(k), ld(leading<E>(k)) {
     const int64_t square = padded<E>(k) * ld;
     v = arena.take<E>(padded<E>(n) * ld);
     g = arena.take<E>(n * ld);
@@ -137,16 +136,20 @@ struct Backward {
 
  private:
   // C = T^T V^T G;  L's gradient is the upper triangle of C Z^T, M that triangle and its mirror image;
-  // grad V = V M - G Z^T, and its first k rows lose C^T.
+  // grad V = V M - G Z^T, and its first k rows lose C^T. Only its lower triangle is wanted.
   void gradient() const {
+    const int64_t strip = strip_of(k);
     form_v<E>(k, v, top, ld);
-    form_z<E>(k, t, top, z, ld);
+    multiply_upper<E>(k, t, top, z, ld);
+    for (int64_t i = 0; i < k; ++i)
+      each_column<E>(
+          k, [&](int64_t j) { write(z + i * ld + j, choose_left_of<E>(i, j, VectorOf<E>{}, read(z + i * ld + j))); });
     multiply_v_transposed<E>(n, k, v, g, s, ld);
-    each_strip(k, [&](int64_t i, int64_t rows) {  // T^T: row i ends at column i
+    each_strip(k, strip, k * k * k / 2, [&](int64_t i, int64_t rows) {  // row i of T^T ends at column i
       multiply<E>(rows, k, i + rows, transposed(t + i, ld), s, ld, c + i * ld, ld);
     });
     transpose<E>(k, z, top, ld);  // Z^T: row l ends at column l
-    multiply<E>(k, k, k, plain(c, ld), top, ld, s, ld);
+    multiply_upper<E>(k, c, top, s, ld);
     transpose<E>(k, s, z, ld);
     for (int64_t i = 0; i < k; ++i)
       each_column<E>(k, [&](int64_t j) {
@@ -154,8 +157,14 @@ struct Backward {
         write(at, choose_left_of<E>(i, j, read(z + i * ld + j), read(at)));
       });
     negate<E>(k, top, ld);
-    multiply<E>(n, k, k, plain(g, ld), top, ld, out, ld);
-    multiply_v<E>(n, k, v, s, out, ld, Into::add);
+    each_strip(k, strip, n * k * k / 2, [&](int64_t j, int64_t columns) {
+      const int64_t corner = j * ld + j;
+      multiply<E>(n - j, columns, k - j, plain(g + corner, ld), top + corner, ld, out + corner, ld);
+    });
+    each_strip(n, strip, n * k * k, [&](int64_t i, int64_t rows) {
+      const int64_t end = smaller(i + rows, k);
+      multiply<E>(rows, end, end, plain(v + i * ld, ld), s, ld, out + i * ld, ld, Into::add);
+    });
     transpose<E>(k, c, z, ld);
     for (int64_t i = 0; i < k; ++i)
       each_column<E>(k, [&](int64_t j) {

@@ -11,8 +11,8 @@ from rom.reference import orthogonal as reference
 
 
 def fits(n: int, k: int) -> bool:
-    """Whether the native kernels take n × k matrices. They run one matrix on one thread, in its core's cache."""
-    return k <= 128 and n * k <= 262144
+    """Whether the native kernels take n × k matrices: up to 4 MB, which the last cache holds several of."""
+    return n * k <= 1048576
 
 
 def _native(kernel: str, x: torch.Tensor, signs: torch.Tensor | None, **tensors: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 
 import rom
-from rom.ops import orthogonal, orthogonal_inverse, orthogonal_products
+from rom.ops import _orthogonal_cpu, orthogonal, orthogonal_inverse, orthogonal_products
 from rom.reference import orthogonal as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -59,6 +59,13 @@ def test_matches_float64(shape, name, dtype, device):
     expected_grad = torch.autograd.grad(expected, x64, g.double())[0]
     if min(shape[-2:]) > 1 or shape[-2] > 1:
         assert_close("x.grad", grad, expected_grad, torch.autograd.grad(plain, x, g)[0])
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_matrices_too_large_for_the_native_kernels(name, monkeypatch):
+    monkeypatch.setattr(_orthogonal_cpu, "fits", lambda n, k: False)
+    test_matches_float64((2, 33, 20), name, torch.bfloat16, "cpu")
+    test_matches_float64((2, 20, 20), name, torch.float64, "cpu")
 
 
 @settings(max_examples=25)
@@ -254,7 +261,7 @@ def test_non_contiguous_inputs(name):
 
 
 @pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("shape", [(100, 7, 7), (9, 40, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(100, 7, 7), (9, 40, 30), (1, 210, 190)], ids=str)
 def test_deterministic_whatever_the_thread_count(shape, name):
     x, signs = make(shape, torch.float32)
     g, runs = torch.randn(shape), []
