@@ -177,6 +177,7 @@ ARGUMENTS: dict[str, Callable[[], Report]] = {
     "causal_conv1d_update": lambda: {"x": _values(2, 6), "conv_state": _values(2, 6, 4), "weight": _values(6, 4)},
     "cayley": lambda: {"x": _values(2, 9, 4)},
     "householder": lambda: {"x": _values(2, 9, 4)},
+    "logit_flips": lambda: {"logits": _values(5, 3), "labels": torch.arange(5) % 3},
     "orthogonal_apply": lambda: {"x": _values(2, 9, 4), "inp": _values(2, 4, 3)},
     "faulty_matmul": lambda: {"a": _values(5, 8), "b": _values(8, 4), "sites": _sites(rom.faults.Target.B)},
     "faulty_values": lambda: {"x": _values(5, 8), "sites": _sites(rom.faults.Target.OUTPUT)},
@@ -184,6 +185,7 @@ ARGUMENTS: dict[str, Callable[[], Report]] = {
     "routed_linear": _routed_linear_arguments,
     "selective_scan": _scan_arguments,
     "selective_state_update": _update_arguments,
+    "weight_flips": lambda: {"features": _values(5, 4), "weight": _values(3, 4), "labels": torch.arange(5) % 3},
 }
 IN_PLACE = {"causal_conv1d_update": "conv_state", "selective_state_update": "state"}
 
@@ -224,7 +226,7 @@ def _run(op: str, backend: str, device: str) -> dict[str, torch.Tensor]:
             arguments[name] = value.to(device)
         if isinstance(value, rom.Routing):
             arguments[name] = rom.Routing(*(field.to(device) for field in value))
-        if isinstance(value, torch.Tensor) and state is None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and state is None:
             inputs[name] = arguments[name].requires_grad_()
     with rom.backend(backend):
         out = getattr(rom.ops, op)(**arguments)

@@ -2,7 +2,25 @@
 
 from rom.campaign.blocks import Blocks
 from rom.campaign.errors import CampaignError
+from rom.campaign.last_layer import (
+    Exhaustive,
+    exhaustive_head_inputs,
+    exhaustive_head_weights,
+    exhaustive_last_layer,
+)
 from rom.campaign.records import OUTCOMES, RESULT
 from rom.campaign.store import Results, Store, read
 
-__all__ = ["OUTCOMES", "RESULT", "Blocks", "CampaignError", "Results", "Store", "read"]
+__all__ = [
+    "OUTCOMES",
+    "RESULT",
+    "Blocks",
+    "CampaignError",
+    "Exhaustive",
+    "Results",
+    "Store",
+    "exhaustive_head_inputs",
+    "exhaustive_head_weights",
+    "exhaustive_last_layer",
+    "read",
+]

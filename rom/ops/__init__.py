@@ -3,6 +3,7 @@
 from rom.ops.conv import causal_conv1d
 from rom.ops.conv_update import causal_conv1d_update
 from rom.ops.faults import faulty_matmul, faulty_values
+from rom.ops.last_layer import logit_flips, weight_flips
 from rom.ops.norm import add_rms_norm
 from rom.ops.orthogonal import cayley, householder, orthogonality_error
 from rom.ops.orthogonal_inverse import cayley_inverse, householder_inverse
@@ -23,10 +24,12 @@ __all__ = [
     "faulty_values",
     "householder",
     "householder_inverse",
+    "logit_flips",
     "orthogonal_apply",
     "orthogonality_error",
     "route",
     "routed_linear",
     "selective_scan",
     "selective_state_update",
+    "weight_flips",
 ]
