@@ -10,6 +10,7 @@ namespace {
 
 #include "cpu/dense.hpp"
 #include "cpu/matrix_batch.hpp"
+#include "cpu/orthogonal_registers.hpp"
 
 // The error without pivoting grows like |S|^2, S = K - I (Frobenius): in float32 3e-6 at |S| = 8, 1e-4 at 100. Beyond 8
 // a matrix in rows is inverted with pivoting, and Q gets a Newton-Schulz step. From 128 columns on |S| is spread over
@@ -257,6 +258,26 @@ struct Backward {
 }  // namespace
 
 ROM_CPU_WORKSPACE(rom_cayley_forward, rom_cayley_forward_args) { return batch_workspace<Forward>(a); }
-ROM_CPU_KERNEL(rom_cayley_forward, rom_cayley_forward_args) { return run_batch<Forward>(a); }
+ROM_CPU_KERNEL(rom_cayley_forward, rom_cayley_forward_args) {
+#if defined(__AVX512F__)
+  const float *x = (const float*)a.x.data, *signs = (const float*)a.signs.data;
+  if (in_registers(a.x))
+    return run_in_registers<Forward>(a, [&](int64_t e, int64_t s) {
+      return forward_registers(x + e, signs ? signs + s : nullptr, (int)a.x.size[1], kFarAbove, (float*)a.q.data + e);
+    });
+#endif
+  return run_batch<Forward>(a);
+}
+
 ROM_CPU_WORKSPACE(rom_cayley_backward, rom_cayley_backward_args) { return batch_workspace<Backward>(a); }
-ROM_CPU_KERNEL(rom_cayley_backward, rom_cayley_backward_args) { return run_batch<Backward>(a); }
+ROM_CPU_KERNEL(rom_cayley_backward, rom_cayley_backward_args) {
+#if defined(__AVX512F__)
+  const float *grad = (const float*)a.grad.data, *q = (const float*)a.q.data, *signs = (const float*)a.signs.data;
+  if (in_registers(a.x))
+    return run_in_registers<Backward>(a, [&](int64_t e, int64_t s) {
+      return backward_registers(grad + e, q + e, signs ? signs + s : nullptr, (int)a.x.size[1], (float)kAgainBelow,
+                                (float*)a.grad_x.data + e);
+    });
+#endif
+  return run_batch<Backward>(a);
+}
