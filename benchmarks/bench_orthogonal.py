@@ -6,6 +6,7 @@ python benchmarks/bench_orthogonal.py [--quick] [--shape BATCH,N,K] [--targets]
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import orthogonal_peers as peers
 import torch
@@ -17,6 +18,10 @@ from rom.reference import orthogonal as reference
 SHAPES = ["1024,16,16", "256,32,32", "64,64,64", "1,512,512", "1,512,128", "1,2048,64", "16,256,64", "64,512,16"]
 SHAPES += ["64,128,32"]
 BOTH = "forward+backward"
+# far from the origin, where an inverse needs pivoting, and in 16 bits: shape, factor of x, dtype
+EXTRA = [(shape, 30, torch.float32) for shape in ("1024,16,16", "256,32,32", "64,64,64", "1,512,512")]
+EXTRA += [(shape, 1, torch.bfloat16) for shape in ("1024,16,16", "64,64,64", "1,512,128")]
+EXTRA += [("64,64,64", 1, torch.float16)]
 TARGETS = [
     Target(f"cayley {BOTH}", "(1024, 16, 16)", "torch cayley", 10),
     Target(f"cayley {BOTH}", "(256, 32, 32)", "torch cayley", 3),
@@ -40,11 +45,19 @@ def timed(map: peers.Map, x: torch.Tensor, grad: torch.Tensor, backward: bool) -
     return both
 
 
-def case(name: str, device: str, threads: int, shape: tuple[int, int, int], backward: bool) -> Case:
+def case(
+    name: str,
+    device: str,
+    threads: int,
+    shape: tuple[int, int, int],
+    backward: bool,
+    scale: float = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     batch, n, k = shape
     # a unit diagonal is what torch's and torch_householder's Householder read, and what no other map looks at
-    x = (torch.randn(shape, device=device) / n**0.5).tril(-1) + torch.eye(n, k, device=device)
-    grad = torch.randn(shape, device=device)
+    x = (scale * torch.randn(shape, device=device) / n**0.5).tril(-1) + torch.eye(n, k, device=device)
+    x, grad = x.to(dtype), torch.randn(shape, device=device).to(dtype)
     x64, grad64 = x.double(), grad.double()
 
     def contender(title: str, map: peers.Map | None, own: bool = False, seconds: float = 0) -> Contender:
@@ -59,24 +72,25 @@ def case(name: str, device: str, threads: int, shape: tuple[int, int, int], back
 
     square = batch * n**3
     exp = contender("torch matrix_exp", peers.by_torch("matrix_exp"), own=True, seconds=3e-9 * square)
-    qr = contender("torch.linalg.qr", peers.by_qr, own=True)
+    qr = contender("torch.linalg.qr", peers.in_float32(peers.by_qr), own=True)
     contenders = [contender("rom", getattr(rom.ops, name))]
     if name == "cayley":
         torchs = contender("torch cayley", peers.by_torch("cayley"), seconds=1.5e-10 * square)
-        plain = contender("plain torch", peers.CayleyFormula.apply)
+        plain = contender("plain torch", peers.in_float32(peers.CayleyFormula.apply))
         contenders += [torchs, plain, qr, exp, contender("geotorch cayley", peers.by_geotorch(), own=True)]
         operations = batch * (3 * (n - k) * k * k + 2 * k**3) + backward * batch * (6 * (n - k) * k * k + 4 * k**3)
     else:
         torchs = contender("torch householder", peers.by_torch("householder"), seconds=batch * k * n * n * 1e-8)
-        plain = contender("plain torch", peers.HouseholderFormula.apply)
+        plain = contender("plain torch", peers.in_float32(peers.HouseholderFormula.apply))
         contenders += [torchs, plain, qr, contender("torch_householder", peers.by_torch_householder())]
         operations = batch * (3 * n * k * k + k**3) + backward * batch * (6 * n * k * k + 2 * k**3)
     return Case(
         f"{name} {BOTH}" if backward else f"{name} forward",
-        str(shape),
+        f"{shape}{'' if scale == 1 else f' times {scale}'}",
         contenders,
         timed(getattr(reference, name), x64, grad64, backward),
         cost=Cost(operations / 2, 0, batch * 4 * (n * k * (5 if backward else 2) + k * k * (2 if backward else 1))),
+        dtype=dtype,
         clock="cuda" if device == "cuda" else "cpu" if threads == 1 else "wall",
     )
 
@@ -88,11 +102,19 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     )
     options = parse(parser, argv)
     benchmark = Benchmark("orthogonal maps", options)
-    for text in options.shape or (["8,16,16", "2,64,32"] if options.quick else SHAPES):
+
+    def run(name: str, text: str, *how: Any) -> None:
         batch, n, k = (int(part) for part in text.split(","))
+        benchmark.run(case(name, options.device, options.threads, (batch, n, k), *how))
+
+    for text in options.shape or (["8,16,16", "2,64,32"] if options.quick else SHAPES):
         for name in ("cayley", "householder"):
-            for backward in (False, True):
-                benchmark.run(case(name, options.device, options.threads, (batch, n, k), backward))
+            run(name, text, False)
+            run(name, text, True)
+    for text, scale, dtype in [] if options.shape else [("8,16,16", 30, torch.bfloat16)] if options.quick else EXTRA:
+        run("cayley", text, True, scale, dtype)
+        if dtype != torch.float32:
+            run("householder", text, True, scale, dtype)
     benchmark.finish(TARGETS)
     return benchmark.rows
 

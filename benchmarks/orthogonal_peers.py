@@ -23,6 +23,11 @@ def by_qr(x: Tensor) -> Tensor:
     return torch.linalg.qr(x)[0]
 
 
+def in_float32(map: Map) -> Map:
+    """What anybody would write for 16-bit weights, which LAPACK does not take; nothing for others."""
+    return lambda x: map(x.float()).to(x.dtype) if x.dtype in (torch.bfloat16, torch.float16) else map(x)
+
+
 def by_geotorch() -> Map | None:
     """The Cayley map of geotorch times its base, an identity here; None where it is not installed."""
     if importlib.util.find_spec("geotorch") is None:
