@@ -1,6 +1,7 @@
 """Campaigns: what the faults of a plan do to a model's answers, counted, stored, resumable and with intervals."""
 
 from rom.campaign.blocks import Blocks
+from rom.campaign.engine import Engine
 from rom.campaign.errors import CampaignError
 from rom.campaign.last_layer import (
     Exhaustive,
@@ -8,6 +9,7 @@ from rom.campaign.last_layer import (
     exhaustive_head_weights,
     exhaustive_last_layer,
 )
+from rom.campaign.outcomes import Golden
 from rom.campaign.records import OUTCOMES, RESULT
 from rom.campaign.store import Results, Store, read
 
@@ -16,7 +18,9 @@ __all__ = [
     "RESULT",
     "Blocks",
     "CampaignError",
+    "Engine",
     "Exhaustive",
+    "Golden",
     "Results",
     "Store",
     "exhaustive_head_inputs",

@@ -30,13 +30,13 @@ class Injection(nn.Module):
     def __init__(self, layer: Layer, options: dict[str, Any]) -> None:
         super().__init__()
         self.layer, self.place, self.options = layer, layer.places[0], options
-        self.register_buffer("sites", _table(np.zeros(0, SITE)), persistent=False)
+        self.register_buffer("sites", table_of(np.zeros(0, SITE)), persistent=False)
         self.register_buffer("written", torch.zeros(LEAST, 3, dtype=torch.int32), persistent=False)
 
     def arm(self, sites: np.ndarray) -> None:
         """Replaces the table; in place where its size stays, as compiled graphs want it."""
         with torch.inference_mode(False):
-            table = _table(self.local(sites)).to(self.sites.device)
+            table = table_of(self.local(sites)).to(self.sites.device)
             if table.shape == self.sites.shape:
                 self.sites.copy_(table)
                 self.written.zero_()
@@ -157,6 +157,7 @@ class InjectedModel(nn.Module):
         super().__init__()
         self.graph, self.plan = graph, plan
         self._injections = injections  # a plain dict: they are modules of the graph already
+        self._hit: set[str] = set()
         self._armed = Faults(np.zeros(0, np.int32), np.zeros(0, SITE))
         self._layer_of = np.array([s.layer for s in plan.strata], object)
 
@@ -201,7 +202,10 @@ class InjectedModel(nn.Module):
         self._armed = faults
         names = self._layer_of[faults.stratum]
         for name, injection in self._injections.items():
-            injection.arm(sites[names == name])
+            mine = sites[names == name]
+            if len(mine) or name in self._hit:  # a campaign arms a layer of fifty at a time
+                injection.arm(mine)
+        self._hit = set(names)
 
     def log(self) -> np.ndarray:
         """What the last call did, records of dtype `rom.faults.inject.ENTRY`: a row per armed site, in their order."""
@@ -255,7 +259,7 @@ def inject(
     array([1, 1, 1, 1, 1], dtype=int32)
     """
     found = model if isinstance(model, Survey) else survey(model, *example)
-    _check(found, plan)
+    check_plan(found, plan)
     options = {"mode": mode, "grad": grad, "persistence": persistence}
     graph = own_buffers(fx.GraphModule(found.graph, copied(found.graph.graph)))
     nodes = {node.name: node for node in graph.graph.nodes}
@@ -265,11 +269,11 @@ def inject(
         if layer.name in hit and layer.name not in injections:
             peers = [other for other in found.layers if other.node == layer.node and other.name in hit]
             targets = {s.target for s in plan.strata if s.layer == layer.name}
-            replacement = _replacement(nodes[layer.node], peers, options, targets, injections)
-            nodes[layer.node] = _insert(graph, nodes[layer.node], f"faults_{number}", replacement)
+            module = replacement(nodes[layer.node], peers, options, targets, injections)
+            nodes[layer.node] = insert(graph, nodes[layer.node], f"faults_{number}", module)
     for number, (name, pair) in enumerate((bounds or {}).items()):
         layer = found.layer(name)
-        nodes[layer.node] = _insert(graph, nodes[layer.node], f"bounds_{number}", Restrict(pair, nan_to))
+        nodes[layer.node] = insert(graph, nodes[layer.node], f"bounds_{number}", Restrict(pair, nan_to))
     graph.recompile()
     device = next(graph.parameters(), torch.zeros(0)).device
     injected = InjectedModel(graph, plan, injections).to(device)
@@ -277,7 +281,8 @@ def inject(
     return injected
 
 
-def _check(found: Survey, plan: FaultPlan) -> None:
+def check_plan(found: Survey, plan: FaultPlan) -> None:
+    """ValueError for a layer, target or extent the model does not have."""
     for stratum in plan.strata:
         layer = found.layer(stratum.layer)
         extent = layer.extents.get(stratum.target)
@@ -298,7 +303,7 @@ def _check(found: Survey, plan: FaultPlan) -> None:
                 raise ValueError(f"rom.inject: layer {layer.name!r} has {size} {expected}, got a stratum of {got}.")
 
 
-def _replacement(
+def replacement(
     node: fx.Node,
     layers: list[Layer],
     options: dict[str, Any],
@@ -322,7 +327,7 @@ def _replacement(
     return module
 
 
-def _insert(graph: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+def insert(graph: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
     """Calls the module instead of the node, or on its result."""
     graph.add_submodule(name, module)
     with graph.graph.inserting_after(node):
@@ -339,7 +344,7 @@ def _insert(graph: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) 
     return new
 
 
-def _table(sites: np.ndarray) -> torch.Tensor:
+def table_of(sites: np.ndarray) -> torch.Tensor:
     """Sites, and rows of no target up to a power of two."""
     padded = np.zeros(max(LEAST, 1 << max(len(sites) - 1, 0).bit_length()), SITE)
     padded["target"] = records.NO_TARGET

@@ -150,7 +150,7 @@ def survey(model: nn.Module, *example: torch.Tensor) -> Survey:
     if not isinstance(size, torch.SymInt):
         raise ValueError(f"rom.faults.survey: the model works for batches of {size} only. Make its shapes depend on x.")
     nodes = [node for node in graph.graph.nodes if _offers(node)]
-    finder = _Finder(size.node.expr, graph, batch)
+    finder = Finder(size.node.expr, graph, batch)
     layers: list[Layer] = []
     counts: dict[str, int] = {}
     for node in nodes:
@@ -212,7 +212,7 @@ def _run(graph: fx.GraphModule, inputs: tuple[torch.Tensor, ...], wanted: set[st
     return seen
 
 
-class _Finder:
+class Finder:
     """Finds the samples in the tensors of a graph."""
 
     def __init__(self, samples: Any, graph: fx.GraphModule, batch: tuple[torch.Tensor, ...]) -> None:
@@ -285,7 +285,7 @@ def _sizes(node: fx.Node, place: Place) -> list[int]:
     return sizes if place.parts > 1 else [n for dim, n in enumerate(sizes) if dim != place.dim]
 
 
-def _layers_of(node: fx.Node, finder: _Finder) -> list[Layer]:
+def _layers_of(node: fx.Node, finder: Finder) -> list[Layer]:
     kind, args = _kind(node), node.args
     if kind == "scaled_dot_product_attention":
         return _attention(node, finder)
@@ -363,7 +363,7 @@ def _convolution(node: fx.Node) -> dict[Target, Extent]:
     return extents | ({Target.BIAS: Extent(dtype, 1, cols, 1, True, False)} if bias else {})
 
 
-def _attention(node: fx.Node, finder: _Finder) -> list[Layer]:
+def _attention(node: fx.Node, finder: Finder) -> list[Layer]:
     """Scores = Q Kᵀ and values = P V; with dropout or grouped heads, its result only."""
     q, k, v = node.args[:3]
     places = [finder.place(x) for x in (q, k, v, node)]
