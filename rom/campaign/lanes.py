@@ -26,7 +26,7 @@ from rom.faults.layers import Layer, Survey, copied
 from rom.faults.plan import FaultPlan
 from rom.faults.records import LOG, Target
 from rom.ops import _faulty_product as product
-from rom.reference import faults as reference
+from rom.ops.faults import PATCHES
 from rom.reference.faults import Extents
 
 #: Results of these products are not cast: before the cast is the result.
@@ -57,9 +57,9 @@ class PatchedLane(Lane):
         device, log = values.device, np.zeros(len(sites), LOG)
         table = torch.from_numpy(sites.view("<i4").reshape(-1, records.WORDS)).to(device)
         written = torch.from_numpy(log.view("<i4").reshape(-1, 3)).to(device)
-        native = dispatch.choose("faulty_values", device.type) == "cpu"
-        apply = product.native_patch if native else reference.patch
-        apply(values, table, written, self.target, self.extents, self.strides)
+        PATCHES[dispatch.choose("faulty_values", device.type)](
+            values, table, written, self.target, self.extents, self.strides
+        )
         return log if device.type == "cpu" else records.log_records(written)
 
 

@@ -194,11 +194,13 @@ def _primitives(kernels: _op.Kernels) -> tuple[product.Patch, product.Accumulate
     return partial(product.kernel_patch, kernels), partial(product.kernel_accumulate, kernels)
 
 
+PATCHES: dict[str, product.Patch] = {}  # by backend: sites of one target into memory, in place
 for _backend, (_patch, _accumulate), _names, _module in (
     ("triton", _primitives(_op.Triton(_TRITON)), (), _TRITON),
     ("cpu", _primitives(native), ("fault_patch", "fault_accumulate"), None),
     ("reference", (reference.patch, reference.accumulate), (), None),
 ):
+    PATCHES[_backend] = _patch
     dispatch.register(
         "faulty_matmul",
         _backend,
