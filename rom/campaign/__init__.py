@@ -1,5 +1,6 @@
 """Campaigns: what the faults of a plan do to a model's answers, counted, stored, resumable and with intervals."""
 
+from rom.campaign import report, statistics
 from rom.campaign.blocks import Blocks
 from rom.campaign.engine import Engine
 from rom.campaign.errors import CampaignError
@@ -27,4 +28,6 @@ __all__ = [
     "exhaustive_head_weights",
     "exhaustive_last_layer",
     "read",
+    "report",
+    "statistics",
 ]
