@@ -1,0 +1,1 @@
+"""See `rom.compat.mamba_ssm`."""
