@@ -5,7 +5,7 @@ from tolerance import assert_close
 from torch.nn.functional import cross_entropy, normalize
 
 import rom
-from rom import campaign
+from rom import campaign, faults
 from rom.campaign import OUTCOMES, last_layer
 from rom.campaign.last_layer import COUNTS
 from rom.ops import last_layer as op
@@ -116,6 +116,23 @@ def test_head_weights_equal_brute_force():
         table[..., 1] += table[..., 0]
     assert np.array_equal(found.counts[..., 1:], counts[..., 1:])
     np.testing.assert_allclose(found.delta_loss, loss, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["free", "bounded"])
+def test_equals_a_campaign_that_injects_every_fault(bounded):
+    """The engine, which runs the model once per fault, and the closed form are each other's oracle."""
+    inputs, labels = torch.randn(12, 6), torch.randint(0, 4, (12,))
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
+    found = faults.survey(net, inputs)
+    limits = found.profile([inputs])["2"] if bounded else None
+    strata = [s for s in found.strata(samples=12, layers=["2"]) if s.target == faults.Target.OUTPUT]
+    plan = faults.FaultPlan.exhaustive(strata)
+    engine = campaign.Engine(found, plan, inputs, labels, batch_size=64, bounds=limits and {"2": limits})
+    rows = engine.run(np.arange(len(plan))).reshape(12, 4, 32)
+    got = campaign.exhaustive_last_layer(engine.golden.logits, labels, bounds=limits)
+    for number, name in enumerate(COUNTS):
+        assert np.array_equal(got.counts[..., number], rows[name].sum(0))
+    np.testing.assert_allclose(got.delta_loss, rows["delta_loss"].sum(0), rtol=2e-5, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ kernel and reference
