@@ -46,6 +46,7 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {
     "conv": {kind: [f"--{kind}"] for kind in ("forward", "backward", "update")},
     "block": {"block": []},
     "orthogonal": {"orthogonal": []},
+    "last_layer": {"last_layer": []},
 }
 FAMILIES = ("scan", "decode", "conv", "norm", "routing")  # of launches.py, which needs the built package
 # By what a first run must know; benchmarks not named come last.
