@@ -93,10 +93,10 @@ def check_matrix(op: str, name: str, x: torch.Tensor, complex_too: bool = False)
 
 def check_signs(op: str, signs: torch.Tensor | None, x: torch.Tensor) -> None:
     """`signs` must be broadcastable to one number per column (per row, if x is wide) of each matrix of x."""
-    _op.check_tensors(op, "x", x=x, signs=signs)
-    expected = (*x.shape[:-2], min(x.shape[-2:]))
     if signs is None:
         return
+    _op.check_tensors(op, "x", x=x, signs=signs)
+    expected = (*x.shape[:-2], min(x.shape[-2:]))
     fits = 0 < signs.dim() <= len(expected) and signs.shape[-1] == expected[-1]
     if not fits or any(s not in (1, e) for s, e in zip(signs.shape[::-1], expected[::-1])):
         _op.fail(op, f"signs of shape {tuple(expected)} or broadcastable to it", str(_op.shape(signs)))

@@ -61,6 +61,13 @@ def test_matches_float64(shape, name, dtype, device):
         assert_close("x.grad", grad, expected_grad, torch.autograd.grad(plain, x, g)[0])
 
 
+def test_cayley_saves_nothing_but_q():
+    x = torch.randn(3, 12, 12)
+    assert torch.ops.rom.cayley(x, None, False, "cpu")[1].numel() == 0
+    q, saved = torch.ops.rom.cayley(x.bfloat16(), None, False, "cpu")  # Q before it was rounded
+    assert saved.dtype == torch.float32 and torch.equal(q, saved.bfloat16())
+
+
 @pytest.mark.parametrize("name", MAPS)
 def test_matrices_too_large_for_the_native_kernels(name, monkeypatch):
     monkeypatch.setattr(_orthogonal_cpu, "fits", lambda n, k: False)
@@ -261,7 +268,7 @@ def test_non_contiguous_inputs(name):
 
 
 @pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("shape", [(100, 7, 7), (9, 40, 30), (1, 210, 190)], ids=str)
+@pytest.mark.parametrize("shape", [(100, 7, 7), (200, 12, 12), (9, 40, 30), (1, 210, 190)], ids=str)
 def test_deterministic_whatever_the_thread_count(shape, name):
     x, signs = make(shape, torch.float32)
     g, runs = torch.randn(shape), []
