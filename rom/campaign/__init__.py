@@ -12,6 +12,7 @@ from rom.campaign.last_layer import (
 )
 from rom.campaign.outcomes import Golden
 from rom.campaign.records import OUTCOMES, RESULT
+from rom.campaign.runner import Stop, Summary, data_fingerprint, merge, run
 from rom.campaign.store import Results, Store, read
 
 __all__ = [
@@ -23,11 +24,16 @@ __all__ = [
     "Exhaustive",
     "Golden",
     "Results",
+    "Stop",
     "Store",
+    "Summary",
+    "data_fingerprint",
     "exhaustive_head_inputs",
     "exhaustive_head_weights",
     "exhaustive_last_layer",
+    "merge",
     "read",
     "report",
+    "run",
     "statistics",
 ]

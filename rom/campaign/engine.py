@@ -373,7 +373,9 @@ class Engine:
         rows = np.arange(self.batch_size)
         samples = np.minimum(first + rows, len(self.inputs) - 1)
         yield True, self._kept.batch_of(samples, rows[::-1]), torch.from_numpy(rows)
-        samples[1::2] = samples[0]
+        rows = rows[: len(self.inputs) - first]  # no sample has a golden row behind these
+        samples = first + rows
+        samples[1::2] = first
         yield False, self._kept.batch_of(samples, rows), torch.from_numpy(rows[::2])
 
     def _try(self, run: Callable[[Batch], torch.Tensor], cut: str) -> bool | None:

@@ -63,8 +63,10 @@ class Results:
 
     def columns(self) -> dict[str, Any]:
         """The table by columns, with each fault's layer, target and bits: `pandas.DataFrame(results.columns())`."""
-        strata, owner = [_described(s) for s in self.plan.strata], self.table["stratum"]
-        words = {name: [strata[h][name] for h in owner] for name in ("layer", "target", "dtype", "kind", "bits")}
+        names = ("layer", "target", "dtype", "kind", "bits")
+        nothing = dict.fromkeys(names, "")  # number −1: a realisation of a rate that hit nothing
+        strata = [*(_described(s) for s in self.plan.strata), nothing]
+        words = {name: [strata[h][name] for h in self.table["stratum"]] for name in names}
         return {name: self.table[name] for name in RESULT.names or ()} | words
 
     def export(self, path: str | Path) -> None:
@@ -298,13 +300,16 @@ class Store:
 
     def _open(self, write: bool) -> None:
         self._lock = _Lock(self.path) if write else None
-        mode = "rwc" if write else "ro"
+        # A reader may have to take back the half-written change of a killed writer, so it gets to write where it can.
+        mode = "rwc" if write else "rw" if os.access(self.path, os.W_OK) else "ro"
         try:
             with self._explained():
                 self._database = sqlite3.connect(
                     f"file:{quote(str(self.path))}?mode={mode}", uri=True, isolation_level=None, timeout=60
                 )
-                if write:
+                if not write:
+                    self._database.execute("pragma query_only = on")
+                else:
                     self._database.execute("pragma journal_mode = wal")  # readers and the writer do not wait
                     self._database.execute("pragma synchronous = full")  # done survives a power cut as well as kill -9
         except BaseException:

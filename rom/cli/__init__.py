@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 import rom
-from rom.cli import doctor, fed, generate, train
+from rom.cli import campaign, doctor, fed, generate, train
 from rom.training.errors import TrainingError
 
-COMMANDS = {"train": train, "generate": generate, "fed": fed, "doctor": doctor}
+COMMANDS = {"train": train, "generate": generate, "fed": fed, "campaign": campaign, "doctor": doctor}
 
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # as argparse's, and as a shell's for SIGINT and SIGPIPE
 

@@ -8,17 +8,16 @@ with `minutes` the schedule follows the clock).
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from rom.interrupts import Interrupts
 from rom.training import checkpoint, optimizer
 from rom.training.errors import CheckpointError, TrainingError
 from rom.training.report import Reporter
@@ -163,7 +162,7 @@ class Trainer:
         self.model.train()
         self.reporter.begin()
         fraction = self._fraction()
-        with _Interrupts() as interrupts:
+        with Interrupts() as interrupts:
             while fraction < 1 and not interrupts.received:
                 before = fraction
                 self._step(before)
@@ -257,28 +256,3 @@ class Trainer:
         self.progress.seconds = time.monotonic() - self._started
         state = {"progress": vars(self.progress), "identity": self.identity, "step": self.progress.step}
         checkpoint.save(self.folder, self.model, self.optimizer, state)
-
-
-class _Interrupts:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the step under way ends; the second acts as usual."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> _Interrupts:
-        try:
-            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: then nobody sends us signals
-            self._before = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
