@@ -7,7 +7,7 @@ import torch
 from rom import faults
 from rom.models import text_guided
 from rom.models.fedfd import Images
-from rom.models.text_guided import ablation
+from rom.models.text_guided import ablation, ablation_data
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_sampled_layers_agree_with_all_their_faults(models, data):
     """Weighted strata: the estimate from a part lies near the value of the whole population."""
     few = data[np.arange(2)]
     model = models["linear"]
-    layer = "backbone.features.1.0"
+    layer = "backbone.features.2.0"
     population = 2 * 16 * 32
     whole, part = (
         {d.clamp: d for d in ablation.damage(model, data, few, n, seed=1) if d.layer == layer}
@@ -115,15 +115,54 @@ def test_shared_layers_have_the_same_faults(models, data):
     plans = []
     for head in ("linear", "cosine, text"):
         found = faults.survey(models[head], data.images[:2])
-        plans.append(faults.FaultPlan.stratified(found.strata(48, layers=["backbone.features.0.1"]), [100], seed=3))
+        plans.append(faults.FaultPlan.stratified(found.strata(48, layers=["backbone.features.1.0"]), [100], seed=3))
     assert (plans[0][:].sites == plans[1][:].sites).all()
 
 
-def test_all_heads_are_scored_on_the_same_images(models, data):
+def test_all_heads_are_scored_on_the_same_images(models, data, text):
     models = {head: models[head] for head in ("linear", "cosine, random", "no norm, text")}
     record = ablation.measure(models, data, data, 20, seed=0)
     correct = torch.stack([ablation.answers(model, data)[2] for model in models.values()]).all(0)
     assert {r["images"] for r in record.values()} == {int(correct.sum())} and 0 < correct.sum() <= len(data)
+    assert list(record)[:2] == ["linear", ablation.RESCALED]
     for head, r in record.items():
         assert 0 < r["top2_difference"] <= 1 and r["accuracy"] >= correct.double().mean().item()
-        assert (r["scale"] == 1) == (not head.startswith("cosine"))
+        assert r["scale"] == 1 or head not in ("linear", "no norm, text")
+    blind = models | {"cosine, random": ablation.build("cosine, random", text, 0, "mlp", width=16).eval()}
+    torch.nn.init.zeros_(blind["cosine, random"].head.weight)
+    with pytest.raises(ValueError, match=r"cosine, random: 0\.\d+.*Lower the learning rate"):
+        ablation.measure(blind, data[data.labels.numpy() > 0], data[data.labels.numpy() > 0], 20, seed=0)
+
+
+def test_rescaled_is_the_same_function(models, data):
+    linear = models["linear"]
+    largest = linear(data.images).abs().max().item()
+    rescaled = ablation.Rescaled(linear, largest).eval()
+    assert torch.equal(rescaled(data.images), linear(data.images))
+    assert 1 <= rescaled.head(rescaled.backbone(data.images)).abs().max() < 2
+
+
+@pytest.mark.parametrize("name", ablation_data.DATA)
+def test_data_are_split_and_their_text_is_of_their_classes(name):
+    pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
+    study = ablation_data.DATA[name](seed=1, test=0.2, width=64)
+    classes = len(study.text.table)
+    assert study.text.table.shape[1] == 64 and len(study.test) == 359
+    for part in (study.train, study.test):
+        assert part.labels.min() >= 0 and part.labels.max() < classes and len(part.images) == len(part.labels)
+    unit = torch.nn.functional.normalize(study.text.table, dim=1)
+    assert (unit @ unit.mT - torch.eye(classes)).max() < 0.95  # no two classes have one text
+    seen = {image.numpy().tobytes() for image in study.train.images}
+    assert not seen & {image.numpy().tobytes() for image in study.test.images}
+
+
+def test_pairs_are_read_from_left_to_right():
+    pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
+    study = ablation_data.DATA["pairs"](seed=0, test=0.2, width=64)
+    single = ablation_data.DATA["digits"](seed=0, test=0.2, width=32)
+    label = {image.numpy().tobytes(): int(y) for image, y in zip(single.test.images, single.test.labels)}
+    for image, y in zip(study.test.images, study.test.labels):
+        left, right = (half.contiguous().numpy().tobytes() for half in image.split(8, 2))
+        assert int(y) == 10 * label[left] + label[right]
+    rows = torch.nn.functional.normalize(single.text.table, dim=1)
+    assert torch.equal(study.text.table[37], torch.cat([rows[3], rows[7]]))

@@ -6,9 +6,12 @@ training data. Here the clamp is one factor of the ablation, and the head is the
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,7 @@ import torch
 from torch import nn
 
 from rom import faults
-from rom.campaign.records import RESULT
-from rom.faults.inject import inject
+from rom.campaign import Engine, exhaustive_last_layer
 from rom.models.fedfd.data import Images
 from rom.models.text_guided.classifier import TextGuidedClassifier
 from rom.models.text_guided.features import TextFeatures, random_text_features, shuffled
@@ -31,33 +33,36 @@ HEADS: dict[str, tuple[str, bool] | None] = {
     "no norm, text": ("text", False),
     "no norm, random": ("random", False),
 }
+RESCALED = "linear, rescaled"  # made of the trained linear head, see `Rescaled`
 CLAMPS = ("none", "profiled")
 _STRATA = (faults.bits_of(torch.float32, "mantissa"), tuple(range(23, 32)))
 _SHARES = (0.1, 0.9)
 LAST = "head"  # the paper's "last layer": logits of the linear head, cosines of the others
 
 
-def _cnn(channels: int, side: int, width: int) -> nn.Module:
-    sizes = [channels, width // 4, width // 2, width]
+def _cnn(shape: Sequence[int], width: int) -> nn.Module:
+    sizes = [shape[0], width // 4, width // 2, width]
     layers: list[nn.Module] = []
     for stride, before, after in zip((1, 2, 2), sizes, sizes[1:]):
         layers.append(nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.BatchNorm2d(after), nn.ReLU()))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _mlp(channels: int, side: int, width: int) -> nn.Module:
-    first = nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, 2 * width), nn.ReLU())
-    return nn.Sequential(first, nn.Sequential(nn.Linear(2 * width, width), nn.ReLU()))
+def _mlp(shape: Sequence[int], width: int) -> nn.Module:
+    # Without batch norm, 1 of 6 cosine heads collapsed to one class at the ResNets' learning rate.
+    sizes = [math.prod(shape), 2 * width, width]
+    layers = (nn.Sequential(nn.Linear(m, n), nn.BatchNorm1d(n), nn.ReLU()) for m, n in pairwise(sizes))
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
-#: `[batch, channels, side, side]` to `[batch, width]`: three convolutions with batch norm and a mean, or two layers.
+#: Images of a shape to `[batch, width]`: three convolutions and a mean, or two linear layers; batch norm in both.
 TRUNKS = {"cnn": _cnn, "mlp": _mlp}
 
 
 def build(
-    head: str, text: TextFeatures, seed: int, trunk: str = "cnn", channels: int = 1, side: int = 8, width: int = 64
+    head: str, text: TextFeatures, seed: int, trunk: str = "cnn", shape: Sequence[int] = (1, 8, 8), width: int = 64
 ) -> nn.Module:
-    """A classifier with one of `HEADS` on one of `TRUNKS`; of one seed, all heads begin with the same trunk.
+    """A classifier of images of a shape, with one of `HEADS` on one of `TRUNKS`; of one seed, all begin with one trunk.
 
     The layers of all of them have the same names, `backbone.features.*` and `head`; those with an embedding also have
     `backbone.projection`. The global random state is not touched.
@@ -65,7 +70,7 @@ def build(
     classes, embedding = text.table.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        features = TRUNKS[trunk](channels, side, width)
+        features = TRUNKS[trunk](shape, width)
         how = HEADS[head]
         if how is None:
             backbone = nn.Sequential(OrderedDict(features=features))
@@ -76,6 +81,26 @@ def build(
             "random": lambda: random_text_features(classes, embedding, seed),
         }
         return TextGuidedClassifier(features, tables[how[0]](), features=width, normalize=how[1])
+
+
+class Rescaled(nn.Module):
+    """The linear classifier with its last layer divided by a power of two, and the results multiplied by it.
+
+    The same logits, bit for bit; but what the last layer holds stays below 2, as cosines do. There the bits 25 to 29 of
+    a float32 are 1: a flip makes the value small, where it makes one above 2 huge.
+    """
+
+    def __init__(self, linear: nn.Module, bound: float) -> None:
+        super().__init__()
+        self.backbone, self.head = linear.backbone, copy.deepcopy(linear.head)
+        self.factor = 2.0 ** (math.frexp(bound)[1] - 1)
+        with torch.no_grad():
+            for parameter in self.head.parameters():  # type: ignore[union-attr]
+                parameter.div_(self.factor)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        return self.factor * self.head(self.backbone(images))  # type: ignore[operator]
 
 
 def answers(model: nn.Module, data: Images) -> tuple[float, float, torch.Tensor]:
@@ -108,13 +133,14 @@ class Damage:
 
 
 def damage(
-    model: nn.Module, train: Images, test: Images, faults_per_layer: int, seed: int, batch_size: int = 1024
+    model: nn.Module, train: Images, test: Images, faults_per_layer: int, seed: int, batch_size: int = 256
 ) -> list[Damage]:
     """Injects single bit flips into the results of every convolution and linear layer, float32, all 32 bits alike.
 
-    The last layer's are all injected, images × classes × bits; of every other layer a sample of `faults_per_layer`
-    without replacement, a tenth of it in the mantissa, whose 23 bits hardly ever do anything: averages weigh the two
-    strata by their sizes. A layer that two models share is hit in the same images, places and bits in both.
+    The last layer's are all evaluated, images × classes × bits, in closed form; of every other layer a sample of
+    `faults_per_layer` without replacement, a tenth of it in the mantissa, whose 23 bits hardly ever do anything:
+    averages weigh the two strata by their sizes. A layer that two models share is hit in the same images, places and
+    bits in both.
 
     With the clamp, the whole result of the layer that is hit is restricted to ± its largest magnitude on the training
     data, NaN to +, and that is done in the run without faults as well.
@@ -123,26 +149,56 @@ def damage(
     bounds = {name: max(abs(low), abs(high)) for name, (low, high) in found.profile([train.images]).items()}
     results = []
     for layer, bound in bounds.items():
-        strata = [s for bits in _STRATA for s in found.strata(len(test), layers=[layer], bits=bits)]
-        counts = [int(share * faults_per_layer) for share in _SHARES]
-        if layer == LAST or any(count >= s.size for count, s in zip(counts, strata)):
-            plan = faults.FaultPlan.exhaustive(strata)
-        else:
-            plan = faults.FaultPlan.stratified(strata, counts, seed)
         for clamp in CLAMPS:
-            restriction = {layer: (-bound, bound)} if clamp == "profiled" else None
-            rows = _run(found, plan, test, restriction, batch_size)
-            results.append(_summary(plan, rows, layer, clamp, bound))
+            limits = (-bound, bound) if clamp == "profiled" else None
+            if layer == LAST:
+                results.append(_every_fault(model, test, clamp, bound, limits))
+                continue
+            strata = [s for bits in _STRATA for s in found.strata(len(test), layers=[layer], bits=bits)]
+            counts = [min(int(share * faults_per_layer), s.size) for share, s in zip(_SHARES, strata)]
+            plan = faults.FaultPlan.stratified(strata, counts, seed)
+            restriction = None if limits is None else {layer: limits}
+            engine = Engine(found, plan, test.images, test.labels, batch_size=batch_size, bounds=restriction)
+            results.append(_summary(plan, engine.run(np.arange(len(plan))), layer, clamp, bound))
     return results
 
 
+def _every_fault(
+    model: nn.Module, test: Images, clamp: str, bound: float, limits: tuple[float, float] | None
+) -> Damage:
+    """The last layer: without sampling."""
+    inner = model.embed if isinstance(model, TextGuidedClassifier) else model.backbone
+    with torch.no_grad():
+        values = model.head(inner(test.images))  # type: ignore[operator]
+    found = exhaustive_last_layer(values, test.labels, scale=_scale(model), bounds=limits)
+    total, wrong = found.mean(), sum(found.rate(name) for name in ("sdc", "critical", "due"))
+    return Damage(
+        LAST,
+        clamp,
+        int(found.cells.sum()),
+        total["delta_loss"],
+        total["sdc"] + total["critical"] + total["due"],
+        total["due"],
+        bound,
+        np.mean(wrong, 0).tolist(),
+    )
+
+
+def _scale(model: nn.Module) -> float:
+    if isinstance(model, Rescaled):
+        return model.factor
+    scale = getattr(model, "logit_scale", None)
+    return 1.0 if scale is None else scale.exp().item()
+
+
 def _summary(plan: faults.FaultPlan, rows: np.ndarray, layer: str, clamp: str, bound: float) -> Damage:
+    """A sampled layer: every fault meets one image, so that a row is a cell."""
     weight = np.array([s.size / n for s, n in zip(plan.strata, plan.counts)])[rows["stratum"]]
     weight /= weight.sum()
     due = rows["due"] > 0
+    wrong = due | (rows["sdc"] > 0) | (rows["critical"] > 0)
     finite = weight[~due].sum()
-    wrong = (rows["mismatch"] > 0) | due
-    bit = np.log2(plan.take(rows["position"]).sites["xor_mask"]).astype(np.int64)
+    bit = np.log2(rows["old"] ^ rows["new"]).astype(np.int64)
     flips = np.bincount(bit, minlength=32)
     return Damage(
         layer,
@@ -156,51 +212,31 @@ def _summary(plan: faults.FaultPlan, rows: np.ndarray, layer: str, clamp: str, b
     )
 
 
-def _run(
-    found: faults.Survey,
-    plan: faults.FaultPlan,
-    test: Images,
-    bounds: Mapping[str, tuple[float, float]] | None,
-    batch_size: int,
-) -> np.ndarray:
-    model = inject(found, plan, bounds=bounds)
-    model.arm(plan[:0])
-    rows = np.zeros(len(plan), RESULT)
-    rows["position"] = np.arange(len(plan))
-    with torch.inference_mode():
-        golden = model(test.images).double()
-        losses = nn.functional.cross_entropy(golden, test.labels, reduction="none")
-        top = golden.argmax(1)
-        for start in range(0, len(plan), batch_size):
-            armed = plan[start : start + batch_size]
-            sample = torch.from_numpy(armed.sites["sample"].astype(np.int64))
-            model.arm_rows(armed)
-            logits = model(test.images[sample]).double()
-            part = rows[start : start + batch_size]
-            part["stratum"] = armed.stratum
-            part["due"] = ~torch.isfinite(logits).all(1).numpy()
-            part["mismatch"] = (logits.argmax(1) != top[sample]).numpy()
-            change = nn.functional.cross_entropy(logits, test.labels[sample], reduction="none") - losses[sample]
-            part["delta_loss"] = np.where(part["due"] > 0, 0.0, change.abs().numpy())
-    return rows
-
-
 def measure(models: Mapping[str, nn.Module], train: Images, test: Images, faults_per_layer: int, seed: int) -> Any:
-    """What the table needs of one seed's trained models, as plain values by head.
+    """What the table needs of one seed's trained models (of `HEADS`, "linear" among them), as plain values by head.
 
-    All heads are scored on the same images: those of the test data that all of them answer correctly.
+    Also of the linear one, rescaled. All are scored on the same images: those of the test data that all of them answer
+    correctly; ValueError when there are none.
     """
+    with torch.no_grad():
+        largest = models["linear"](train.images).abs().max().item()
+    models = {"linear": models["linear"], RESCALED: Rescaled(models["linear"], largest).eval(), **models}
     found = {head: answers(model, test) for head, model in models.items()}
     common = torch.stack([correct for _, _, correct in found.values()]).all(0).nonzero()[:, 0].numpy()
+    if len(common) < 2:
+        raise ValueError(
+            f"ablation: no image is answered correctly by all heads (accuracies "
+            f"{', '.join(f'{head}: {accuracy:.3f}' for head, (accuracy, _, _) in found.items())}): a training has "
+            "failed. Lower the learning rate."
+        )
     shared = test[common]
-    record = {}
-    for head, model in models.items():
-        scale = getattr(model, "logit_scale", None)
-        record[head] = {
+    return {
+        head: {
             "accuracy": found[head][0],
             "top2_difference": answers(model, shared)[1],
             "images": len(shared),
-            "scale": 1.0 if scale is None else scale.exp().item(),
+            "scale": _scale(model),
             "damage": [asdict(d) for d in damage(model, train, shared, faults_per_layer, seed)],
         }
-    return record
+        for head, model in models.items()
+    }
