@@ -86,6 +86,18 @@ __device__ __forceinline__ void store_pair(float16* p, float2 pair) {
 }
 #endif
 
+// Four neighbours, p aligned to all: pairs by those instructions, but one access to memory.
+template <class S>
+__device__ __forceinline__ void load_four(const S* p, Compute<S> (&to)[4]) {
+  const Pack<S, 4> pack = *reinterpret_cast<const Pack<S, 4>*>(p);
+  if constexpr (sizeof(S) == 2) {
+    const float2 low = load_pair(pack.lane), high = load_pair(pack.lane + 2);
+    to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+  } else {
+    for (int v = 0; v < 4; ++v) to[v] = read(pack.lane[v]);
+  }
+}
+
 // Whether every row of t (along its last dimension) starts where a pack of `lanes` may start. An absent tensor has no
 // say.
 inline bool rows_aligned(const rom_tensor& t, int64_t lanes) {

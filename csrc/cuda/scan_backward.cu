@@ -56,6 +56,14 @@ struct Workspace {
   }
 };
 
+// Whether the kernel may move `lanes` neighbours of every row at once, by RowPointers.
+bool in_packs(const rom_tensor& t, int64_t lanes) {
+  const int64_t most = int64_t(1) << 32;
+  for (int i = 0; t.data && i + 1 < t.ndim; ++i)
+    if (t.size[i] > 1 && (t.stride[i] >= most || t.size[i] * 8 >= most)) return false;
+  return rows_aligned(t, lanes);
+}
+
 // What a call launches: all but first_state, and how it cuts the workspace.
 Backward backward_of(const rom_scan_backward_args& args, Workspace& workspace) {
   Backward a{};
@@ -66,6 +74,13 @@ Backward backward_of(const rom_scan_backward_args& args, Workspace& workspace) {
   a.grad_out = rows_of(args.grad_out);
   a.grad_u = rows_of(args.grad_u), a.grad_delta = rows_of(args.grad_delta), a.grad_z = rows_of(args.grad_z);
   a.grad_initial_state = static_cast<float*>(args.grad_initial_state.data);
+  a.gate = p.z.data && !p.row_index ? p.z : p.u;
+  a.aligned = p.group_dim % 4 == 0;
+  for (const rom_tensor* t :
+       {&args.u, &args.delta, &args.z, &args.grad_out, &args.grad_u, &args.grad_delta, &args.grad_z})
+    a.aligned = a.aligned && in_packs(*t, 4);
+  const int64_t lanes = args.u.dtype == ROM_FLOAT32 ? 4 : 8;
+  a.coefficients_aligned = p.state % lanes == 0 && in_packs(args.B, lanes) && in_packs(args.C, lanes);
   a.segments = static_cast<int>(smaller(p.sequences, kMostSegments));
   a.group_blocks = static_cast<int>(divide_up(p.group_dim, kChannels));
   a.tokens = args.u.size[0] * p.length;

@@ -1,252 +1,214 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The scan's backward pass, first half: what a block keeps in shared memory, who owns what, and the two phases that go
-// by rows of memory: prepare() before, finish() after the recurrence of scan_backward.cuh.
+// The scan's backward pass, the phases that go by rows of memory: prepare() before the recurrence of
+// scan_backward_sweep.cuh, finish() and write_rows() after it.
 #pragma once
-#include "cuda/scan.cuh"
+#include "cuda/scan_backward_call.cuh"
 
 namespace {
 
-constexpr int kTile = kCheckpointSteps;
-constexpr int kTileQuads = kTile / 4;
-constexpr int kSteps = 8, kParts = kTile / kSteps;  // steps in registers; such parts of a tile
-constexpr int kStrip = 8, kStrips = 2;              // channels of a strip (x 4 quads = a warp); strips of a warp
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kWarpChannels = kStrips * kStrip, kChannels = kWarps * kWarpChannels;
-constexpr int kStates = 16;  // a launch; more states are more launches
-
-struct alignas(16) Quad {
-  float at[4];
+// ------------------------------------------------------------------------------------------------ patches
+// A lane's share of the rows of a tile: four steps of each of four channels.
+struct Patch {
+  Quad channel[4];
 };
+struct PatchPlace {
+  const Problem<float>& p;
+  const Channels& c;
+  const Tile& tile;
+  PatchLane lane;
+  bool whole;  // it lies inside the model and the tile, and memory allows to move four channels at once
 
-// What a launch works on besides the problem itself: states [first_state, first_state + 16) of the model.
-struct Backward {
-  Problem<float> problem;
-  float* checkpoints;  // read only
-  const float* grad_final_state;
-  Rows grad_out, grad_u, grad_delta, grad_z;
-  float* grad_initial_state;
-  int first_state, segments, group_blocks;
-  int64_t tokens;       // batch * length
-  float* through;       // S, E, Y of the states before first_state: [3][token][dim]; only for more than kStates
-  float* coefficients;  // partials of dB and dC: [block][token][dB 16 | dC 16]; null if both are constant
-  float* parameters;    // partials of dA (and dB, dC constant over time), dD, d delta_bias: see Parameters
-};
-
-// Where one segment's partials of the parameters' gradients lie, in floats; B and C: those constant over time.
-struct Parameters {
-  int64_t dim, A, B, C, D, delta_bias, size;
-  __host__ __device__ Parameters(int64_t dim, bool general) : dim(dim), A(0) {
-    B = dim * kStates, C = B + (general ? dim * kStates : 0), D = C + (general ? dim * kStates : 0);
-    delta_bias = D + dim, size = (D + 2 * dim + 3) / 4 * 4;  // 16 bytes
+  __device__ PatchPlace(const Backward& a, const Channels& c, const Tile& tile) : p(a.problem), c(c), tile(tile) {
+    whole = a.aligned && lane.channel + 4 <= c.count && lane.step + 4 <= tile.steps;
   }
 };
-
-// ------------------------------------------------------------------------------------------------ shared memory
-// Per (step, channel). kSlope: softplus'. kGate: grad_out silu'(z).
-enum StepField { kDelta, kDeltaU, kGradY, kU, kSlope, kGate, kStepFields };
-enum Sum { kS, kE, kY, kSums };
-
-template <bool kGeneral>
-struct Constants {};
-template <>
-struct Constants<true> {
-  Quad B[kStrips][kThreads], C[kStrips][kThreads], grad_B[kStrips][kThreads], grad_C[kStrips][kThreads];
+// One field of a patch's channels in shared memory.
+struct PatchField {
+  Quad* first;
+  template <bool kGeneral>
+  __device__ PatchField(Shared<kGeneral>& shared, const PatchLane& lane, StepField field)
+      : first(&shared.step[lane.channel][field * kTileQuads + lane.step / 4]) {}
+  __device__ __forceinline__ Quad& operator[](int channel) const { return first[channel * kPitch]; }
 };
 
-// 113 KiB: two blocks fill an SM of Hopper to the byte.
-template <bool kGeneral>
-struct Shared : Constants<kGeneral> {
-  // Of a thread as lane of sweep(). A is times log2(e): decays are powers of two.
-  Quad A[kStrips][kThreads], carry[kStrips][kThreads], grad_A[kStrips][kThreads];
-  Quad state[kParts][kStrips][kThreads];  // before each part of the tile
-  // [channel][field][step / 4]. A last quad makes the pitch 4 mod 32 banks; it has dD and d delta_bias of both halves.
-  Quad step[kChannels][kStepFields * kTileQuads + 1];
-  Quad scratch[kWarps][kSteps * 8 * kStrip];  // sums over states, then copies of dB and dC
-  Quad coefficients[kTile][8];                // of a step: B as 4 quads, C as 4 quads
-};
-static_assert(sizeof(Shared<false>) == 113 * 1024);
-
-// In scratch, conflict-free for the lanes of sweep() and of finish() resp. add_copies().
-__device__ __forceinline__ int sum_at(Sum sum, int half, int quad, int channel) {
-  return ((sum * 2 + half) * 4 + quad) * kWarpChannels + channel;
-}
-__device__ __forceinline__ int copy_at(int step, int quad, int channel) {
-  return (step * 8 + quad) * kStrip + (channel ^ quad);
-}
-
-__device__ __forceinline__ void add(Quad& to, const Quad& x) {
+__device__ __forceinline__ void get(const PatchField& field, Patch& to) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to.at[i] += x.at[i];
+  for (int i = 0; i < 4; ++i) to.channel[i] = field[i];
 }
 
-// ------------------------------------------------------------------------------------------------ who does what
-// The channels of a block: [first, first + count) of the model, all of one group, blockIdx.x / group_blocks.
-struct Channels {
-  int first, count;
-};
-__device__ __forceinline__ Channels channels_of(const Backward& a, int block) {
-  const int group = block / a.group_blocks, offset = block % a.group_blocks * kChannels;
-  const int left = a.problem.group_dim - offset;
-  return {group * a.problem.group_dim + offset, left < kChannels ? left : kChannels};
-}
-// A lane of replay() and sweep(): one channel of each strip, one quad of states.
-struct StateLane {
-  int warp, channel, quad;
-  __device__ StateLane() : warp(threadIdx.x / 32), channel(threadIdx.x % kStrip), quad(threadIdx.x % 32 / kStrip) {}
-  __device__ int in_block(int strip) const { return warp * kWarpChannels + strip * kStrip + channel; }
-};
-// A lane of prepare() and finish(): one channel, half of the steps.
-struct RowLane {
-  int warp, channel, half;
-  __device__ RowLane()
-      : warp(threadIdx.x / 32), channel(threadIdx.x % kWarpChannels), half(threadIdx.x % 32 / kWarpChannels) {}
-  __device__ int in_block() const { return warp * kWarpChannels + channel; }
-};
-// Steps [begin, begin + steps) of a sequence's batch entry, steps <= kTile. Three integers, for it lives through the
-// loop that needs all 255 registers; what rows and sums want is derived where they want it.
-struct Tile {
-  int sequence, begin, steps;
-};
-// As much of a Sequence as rows need, `step` steps into the tile.
-__device__ __forceinline__ Sequence from(const Problem<float>& p, const Tile& tile, int step) {
-  return {0, p.cu_seqlens ? 0 : tile.sequence, tile.begin + step, 0, 0};
-}
-// The place of a step of a tile among all (batch, length).
-__device__ __forceinline__ int64_t token_of(const Problem<float>& p, const Tile& tile, int step) {
-  return (p.cu_seqlens ? 0 : tile.sequence) * p.length + tile.begin + step;
-}
-
-// Values of (dim, state) arrays for one lane's states, zero outside the model; and the way back.
-__device__ __forceinline__ Quad load_states(const Backward& a, const float* rows, int64_t channel, int quad,
-                                            bool inside) {
-  Quad q = {};
-  const int n = a.first_state + quad * 4;
+// f(row, r) for the four rows of a whole patch.
+template <class S, class F>
+__device__ __forceinline__ void each_row(const PatchPlace& at, const Rows& t, F f) {
+  const RowPointers<S> rows(t.data, t.batch, t.step, batch_of(at.p, at.tile), at.tile.begin + at.lane.step,
+                            at.c.first + at.lane.channel);
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (rows && inside && n + i < a.problem.state) q.at[i] = rows[channel * a.problem.state + n + i];
-  return q;
+  for (int r = 0; r < 4; ++r) f(rows[r], r);
 }
-__device__ __forceinline__ void store_states(const Backward& a, float* rows, int64_t channel, int quad, const Quad& q) {
-  const int n = a.first_state + quad * 4;
-  for (int i = 0; i < 4; ++i)
-    if (n + i < a.problem.state) rows[channel * a.problem.state + n + i] = q.at[i];
-}
-
-// ------------------------------------------------------------------------------------------------ rows
-// kCount quads of rows of a channel, zero beyond the first `left`; and the way back.
-template <class S, int kCount>
-__device__ __forceinline__ void load_rows(const Rows& t, const Sequence& from, int channel, int left,
-                                          Quad (&to)[kCount]) {
-  const S* at = row<const S>(t, from, 0) + channel;
+// The same where a row_index chooses the rows: for all rows of the four steps.
+template <class S, class F>
+__device__ __forceinline__ void each_indexed_row(const PatchPlace& at, const Rows& t, F f) {
+  const int32_t* number = row_numbers(at.p, from(at.p, at.tile, at.lane.step), 0);
 #pragma unroll
-  for (int r = 0; r < 4 * kCount; ++r, at += t.step) to[r / 4].at[r % 4] = r < left ? read(*at) : 0.f;
-}
-template <class S>
-__device__ __forceinline__ void store_rows(const Rows& t, const Sequence& from, int channel, int left, const Quad& q) {
-  S* at = row<S>(t, from, 0) + channel;
-#pragma unroll
-  for (int r = 0; r < 4; ++r, at += t.step)
-    if (r < left) *at = rounded<S>(q.at[r]);
-}
-
-// With a row_index: the sums over each step's rows to a field of the tile; and a field to each step's rows. Lanes read
-// and write what they own, one row at a time: a row_index costs latency here, but no instructions where there is none.
-template <class S>
-__device__ __forceinline__ void gather_rows(const Problem<float>& p, const Rows& t, const Tile& tile, int begin,
-                                            int end, int channel, Quad* field) {
+  for (int r = 0; r < 4; ++r)
 #pragma unroll 1
-  for (int i = begin; i < end; ++i) {
-    float total = 0;
-    if (i < tile.steps) {
-      const int32_t* numbers = row_numbers(p, from(p, tile, i), 0);
+    for (int k = 0; k < at.p.rows_per_step; ++k)
+      f(row<S>(t, static_cast<int64_t>(*number++)) + (at.c.first + at.lane.channel), r);
+}
+// f(element, i) for those elements of any patch that exist, i = 4 * channel + step; if `indexed`, for those of all
+// rows.
+template <class S, class F>
+__device__ __forceinline__ void each_element(const PatchPlace& at, const Rows& t, bool indexed, F f) {
 #pragma unroll 1
-      for (int k = 0; k < p.rows_per_step; ++k)
-        total += read(row<const S>(t, static_cast<int64_t>(numbers[k]))[channel]);
+  for (int r = 0; r < 4 && at.lane.step + r < at.tile.steps; ++r) {
+    const Sequence s = from(at.p, at.tile, at.lane.step + r);
+    const int32_t* numbers = row_numbers(at.p, s, 0);
+#pragma unroll 1
+    for (int k = 0; k < (indexed ? at.p.rows_per_step : 1); ++k) {
+      S* const first = (indexed ? row<S>(t, static_cast<int64_t>(numbers[k])) : row<S>(t, s, 0)) + at.c.first;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (at.lane.channel + i < at.c.count) f(first + at.lane.channel + i, i * 4 + r);
     }
-    field[i / 4].at[i % 4] = total;
-  }
-}
-template <class S>
-__device__ __forceinline__ void scatter_rows(const Problem<float>& p, const Rows& t, const Tile& tile, int begin,
-                                             int channel, const Quad* field) {
-#pragma unroll 1
-  for (int i = begin; i < begin + 4 && i < tile.steps; ++i) {
-    const S out = rounded<S>(field[i / 4].at[i % 4]);
-    const int32_t* numbers = row_numbers(p, from(p, tile, i), 0);
-#pragma unroll 1
-    for (int k = 0; k < p.rows_per_step; ++k) row<S>(t, static_cast<int64_t>(numbers[k]))[channel] = out;
   }
 }
 
-// Everything that depends on (step, channel) only. Beyond the tile's end and the model's channels all fields are zero,
+template <class S>
+__device__ __forceinline__ void load_rows(const PatchPlace& at, const Rows& t, Patch& to) {
+  each_row<const S>(at, t, [&](const S* row, int r) {
+    float four[4];
+    load_four(row, four);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to.channel[i].at[r] = four[i];
+  });
+}
+template <class S>
+__device__ __forceinline__ void gather_rows(const PatchPlace& at, const Rows& t, Patch& to) {
+  to = Patch{};
+  each_indexed_row<const S>(at, t, [&](const S* row, int r) {
+    float four[4];
+    load_four(row, four);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to.channel[i].at[r] += four[i];
+  });
+}
+template <class S>
+__device__ __forceinline__ void store_rows(const PatchPlace& at, const Rows& t, bool indexed, const PatchField& field) {
+  Patch patch;
+  get(field, patch);
+  const auto store = [&](S* row, int r) {
+    const Quad(&c)[4] = patch.channel;
+    const float four[4] = {c[0].at[r], c[1].at[r], c[2].at[r], c[3].at[r]};
+    store_pack(row, four);
+  };
+  indexed ? each_indexed_row<S>(at, t, store) : each_row<S>(at, t, store);
+}
+// The same for any patch, and by way of its field: the sum over a step's rows, zero where nothing is.
+template <class S>
+__device__ __forceinline__ void load_elements(const PatchPlace& at, const Rows& t, bool indexed,
+                                              const PatchField& field, Patch& to) {
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) field[i] = Quad{};
+  each_element<const S>(at, t, indexed, [&](const S* x, int i) { field[i / 4].at[i % 4] += read(*x); });
+  get(field, to);
+}
+template <class S>
+__device__ __forceinline__ void store_elements(const PatchPlace& at, const Rows& t, bool indexed,
+                                               const PatchField& field) {
+  each_element<S>(at, t, indexed, [&](S* x, int i) { *x = rounded<S>(field[i / 4].at[i % 4]); });
+}
+
+// ------------------------------------------------------------------------------------------------ prepare
+struct Inputs {
+  Patch u, delta, dy, z;
+};
+template <class S, class G, bool kGeneral>
+__device__ __forceinline__ void load_inputs(const Backward& a, const PatchPlace& at, Shared<kGeneral>& shared,
+                                            Inputs& to) {
+  const bool indexed = at.p.row_index;
+  if (at.whole && !indexed) {
+    load_rows<S>(at, at.p.u, to.u);
+    load_rows<S>(at, at.p.delta, to.delta);
+    load_rows<G>(at, a.grad_out, to.dy);
+    load_rows<S>(at, a.gate, to.z);
+  } else if (at.whole) {
+    load_rows<S>(at, at.p.u, to.u);
+    load_rows<S>(at, at.p.delta, to.delta);
+    gather_rows<G>(at, a.grad_out, to.dy);
+    if (at.p.z.data) gather_rows<S>(at, at.p.z, to.z);
+  } else {
+    const auto field = [&](StepField f) { return PatchField(shared, at.lane, f); };
+    load_elements<S>(at, at.p.u, false, field(kU), to.u);
+    load_elements<S>(at, at.p.delta, false, field(kDelta), to.delta);
+    load_elements<G>(at, a.grad_out, indexed, field(kGradY), to.dy);
+    if (at.p.z.data) load_elements<S>(at, at.p.z, indexed, field(kGate), to.z);
+  }
+}
+// What follows from them. kCommon: there are a gate and softplus.
+template <bool kCommon, bool kGeneral>
+__device__ __forceinline__ void prepare_fields(const PatchPlace& at, Inputs& in, Shared<kGeneral>& shared) {
+  const auto field = [&](StepField f) { return PatchField(shared, at.lane, f); };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float bias = shared.step[at.lane.channel + i][kStepFields * kTileQuads].at[kBias];
+    const Quad &u = in.u.channel[i], &z = in.z.channel[i];
+    Quad &delta = in.delta.channel[i], &dy = in.dy.channel[i], delta_u, slope, gate;
+    if (kCommon || at.p.z.data) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float sigma = sigmoid(z.at[r]), silu = z.at[r] * sigma;
+        gate.at[r] = dy.at[r] * fmaf(silu, 1.f - sigma, sigma);  // silu' = sigma (1 + z (1 - sigma))
+        dy.at[r] *= silu;
+      }
+      field(kGate)[i] = gate;
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) delta.at[r] += bias, slope.at[r] = 1;
+    if (kCommon || at.p.softplus) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) slope.at[r] = sigmoid(delta.at[r]), delta.at[r] = softplus(delta.at[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) delta_u.at[r] = delta.at[r] * u.at[r];
+    field(kDelta)[i] = delta;
+    field(kDeltaU)[i] = delta_u;
+    field(kGradY)[i] = dy;
+    field(kU)[i] = u;
+    field(kSlope)[i] = slope;
+  }
+}
+// Everything that depends on (step, channel) only. Beyond the tile's end delta, delta u, dy and softplus' are zero,
 // which leaves states, carries and sums as they are.
 template <class S, class G, bool kGeneral>
 __device__ __forceinline__ void prepare(const Backward& a, const Channels& c, const Tile& tile,
                                         Shared<kGeneral>& shared) {
-  const Problem<float>& p = a.problem;
-  const RowLane lane;
-  constexpr int kQuads = 2;  // of steps at a time: 32 loads under way
-  const bool inside = lane.in_block() < c.count;
-  const int channel = c.first + lane.in_block(), begin = lane.half * (kTile / 2), end = begin + kTile / 2;
-  const float bias = inside && p.delta_bias ? p.delta_bias[channel] : 0.f;
-  Quad* const fields = shared.step[lane.in_block()];
-  if (p.row_index && inside) {
-    gather_rows<G>(p, a.grad_out, tile, begin, end, channel, fields + kGradY * kTileQuads);
-    if (p.z.data) gather_rows<S>(p, p.z, tile, begin, end, channel, fields + kGate * kTileQuads);
-  }
+  const PatchPlace at(a, c, tile);
+  Inputs in;
+  in.z = Patch{};  // never left from one tile to the next: it would take 16 registers all the while
+  load_inputs<S, G>(a, at, shared, in);
+  if (at.p.z.data && at.p.softplus)
+    prepare_fields<true>(at, in, shared);
+  else
+    prepare_fields<false>(at, in, shared);
+  if (at.whole) return;
 #pragma unroll 1
-  for (int i = begin; i < end; i += 4 * kQuads) {
-    Quad* const to = fields + i / 4;
-    const int left = inside ? tile.steps - i : 0;
-    Quad u[kQuads], delta[kQuads], dy[kQuads], z[kQuads];
-    load_rows<S>(p.u, from(p, tile, i), channel, left, u);
-    load_rows<S>(p.delta, from(p, tile, i), channel, left, delta);
-    if (!p.row_index) {
-      load_rows<G>(a.grad_out, from(p, tile, i), channel, left, dy);
-      if (p.z.data) load_rows<S>(p.z, from(p, tile, i), channel, left, z);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kQuads; ++k) dy[k] = to[kGradY * kTileQuads + k], z[k] = to[kGate * kTileQuads + k];
-    }
-#pragma unroll
-    for (int k = 0; k < kQuads; ++k) {
-      Quad delta_u, slope, gate;
-      if (p.z.data) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float sigma = sigmoid(z[k].at[r]), silu = z[k].at[r] * sigma;
-          gate.at[r] = dy[k].at[r] * fmaf(silu, 1.f - sigma, sigma);  // silu' = sigma (1 + z (1 - sigma))
-          dy[k].at[r] *= silu;
-        }
-        to[kGate * kTileQuads + k] = gate;
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) delta[k].at[r] += bias, slope.at[r] = 1;
-      if (p.softplus) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) slope.at[r] = sigmoid(delta[k].at[r]), delta[k].at[r] = softplus(delta[k].at[r]);
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        if (k * 4 + r >= left) dy[k].at[r] = delta[k].at[r] = slope.at[r] = 0;
-        delta_u.at[r] = delta[k].at[r] * u[k].at[r];
-      }
-      to[kDelta * kTileQuads + k] = delta[k];
-      to[kDeltaU * kTileQuads + k] = delta_u;
-      to[kGradY * kTileQuads + k] = dy[k];
-      to[kU * kTileQuads + k] = u[k];
-      to[kSlope * kTileQuads + k] = slope;
-    }
-  }
+  for (int r = tile.steps > at.lane.step ? tile.steps - at.lane.step : 0; r < 4; ++r)
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i)
+      for (const StepField f : {kDelta, kDeltaU, kGradY, kSlope}) PatchField(shared, at.lane, f)[i].at[r] = 0;
 }
 
-// ------------------------------------------------------------------------------------------------ results
+// ------------------------------------------------------------------------------------------------ finish
 // The sum over the four quads of states.
-__device__ __forceinline__ Quad add_quads(const Quad* scratch, Sum sum, const RowLane& lane) {
-  Quad total = scratch[sum_at(sum, lane.half, 0, lane.channel)];
+template <bool kGeneral>
+__device__ __forceinline__ Quad add_quads(const Shared<kGeneral>& shared, Sum sum, const SumLane& lane) {
+  const auto part = [&](int quad) {
+    return shared
+        .scratch[sum_row(lane.channel / kStrip, sum, lane.half)][sum_column(lane.warp, lane.channel % kStrip, quad)];
+  };
+  Quad total = part(0);
 #pragma unroll
-  for (int quad = 1; quad < 4; ++quad) add(total, scratch[sum_at(sum, lane.half, quad, lane.channel)]);
+  for (int quad = 1; quad < 4; ++quad) add(total, part(quad));
   return total;
 }
 // More than 16 states: adds what earlier launches found for a sum over states, and keeps the result for the next.
@@ -261,55 +223,61 @@ __device__ __forceinline__ void add_earlier(const Backward& a, Sum sum, int64_t 
   }
 }
 
-template <class S, bool kGeneral>
+// The gradients of 8 steps of u, delta and z, to the fields.
+template <bool kGeneral>
 __device__ __forceinline__ void finish(const Backward& a, const Channels& c, const Tile& tile, int part,
                                        Shared<kGeneral>& shared) {
-  const Problem<float>& p = a.problem;
-  const RowLane lane;
-  if (lane.in_block() >= c.count) return;
-  const int channel = c.first + lane.in_block(), begin = part * kSteps + lane.half * 4, left = tile.steps - begin;
-  const Quad* scratch = shared.scratch[lane.warp];
-  Quad S_t = add_quads(scratch, kS, lane), E = add_quads(scratch, kE, lane), Y = {};
-  if (p.z.data) Y = add_quads(scratch, kY, lane);
+  const SumLane lane;
+  Quad S_t = add_quads(shared, kS, lane), E = add_quads(shared, kE, lane), Y = add_quads(shared, kY, lane);
   if constexpr (kGeneral) {
+    const int begin = part * kSteps + lane.half * 4, left = lane.in_block() < c.count ? tile.steps - begin : 0;
     if (a.through) {
-      const int64_t token = token_of(p, tile, begin);
-      add_earlier(a, kS, token, channel, left, S_t);
-      add_earlier(a, kE, token, channel, left, E);
-      add_earlier(a, kY, token, channel, left, Y);
+      const int64_t token = token_of(a.problem, tile, begin);
+      add_earlier(a, kS, token, c.first + lane.in_block(), left, S_t);
+      add_earlier(a, kE, token, c.first + lane.in_block(), left, E);
+      add_earlier(a, kY, token, c.first + lane.in_block(), left, Y);
     }
-    if (a.first_state + kStates < p.state) return;
+    if (a.first_state + kStates < a.problem.state) return;
   }
-  Quad* const fields = shared.step[lane.in_block()];
-  const auto field = [&](StepField f) { return fields[f * kTileQuads + begin / 4]; };
-  const Quad dy = field(kGradY), u = field(kU);
-  const float D = p.D ? p.D[channel] : 0.f;
-  if (p.z.data) {
-    Quad dz = field(kGate);
-#pragma unroll
-    for (int r = 0; r < 4; ++r) dz.at[r] *= fmaf(D, u.at[r], Y.at[r]);
-    if (p.row_index) {
-      fields[kGate * kTileQuads + begin / 4] = dz;
-      scatter_rows<S>(p, a.grad_z, tile, begin, channel, fields + kGate * kTileQuads);
-    } else {
-      store_rows<S>(a.grad_z, from(p, tile, begin), channel, left, dz);
-    }
-  }
-  const Quad delta = field(kDelta), slope = field(kSlope);
-  Quad du, ddelta;
-  float dD = 0, dbias = 0;
+  Quad* const fields = &shared.step[lane.in_block()][part * 2 + lane.half];
+  float* const channel = shared.step[lane.in_block()][kStepFields * kTileQuads].at;
+  const auto field = [&](StepField f) -> Quad& { return fields[f * kTileQuads]; };
+  const Quad delta = field(kDelta), dy = field(kGradY), u = field(kU), slope = field(kSlope), gate = field(kGate);
+  const float D = channel[kD];
+  Quad du, ddelta, dz;
+  float dD, dbias;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     du.at[r] = fmaf(D, dy.at[r], delta.at[r] * S_t.at[r]);
     ddelta.at[r] = fmaf(u.at[r], S_t.at[r], E.at[r] * 0.693147180559945309f) * slope.at[r];  // ln 2: A has log2(e)
-    dD = fmaf(dy.at[r], u.at[r], dD);
-    dbias += ddelta.at[r];
+    dz.at[r] = fmaf(D, u.at[r], Y.at[r]) * gate.at[r];
+    dD = r ? fmaf(dy.at[r], u.at[r], dD) : dy.at[r] * u.at[r];
+    dbias = r ? dbias + ddelta.at[r] : ddelta.at[r];
   }
-  store_rows<S>(a.grad_u, from(p, tile, begin), channel, left, du);
-  store_rows<S>(a.grad_delta, from(p, tile, begin), channel, left, ddelta);
-  Quad& gathered = fields[kStepFields * kTileQuads];
-  gathered.at[lane.half] += dD;
-  gathered.at[2 + lane.half] += dbias;
+  field(kGradU) = du;
+  field(kGradDelta) = ddelta;
+  field(kGradZ) = dz;
+  dD += __shfl_xor_sync(0xffffffffu, dD, kWarpChannels);
+  dbias += __shfl_xor_sync(0xffffffffu, dbias, kWarpChannels);
+  if (lane.half == 0) channel[kGradD] += dD, channel[kGradBias] += dbias;
+}
+
+// A tile's gradients from the fields to memory.
+template <class S, bool kGeneral>
+__device__ __forceinline__ void write_rows(const Backward& a, const Channels& c, const Tile& tile,
+                                           Shared<kGeneral>& shared) {
+  const PatchPlace at(a, c, tile);
+  const bool gated = a.problem.z.data, indexed = a.problem.row_index;
+  const PatchField du(shared, at.lane, kGradU), ddelta(shared, at.lane, kGradDelta), dz(shared, at.lane, kGradZ);
+  if (at.whole) {
+    store_rows<S>(at, a.grad_u, false, du);
+    store_rows<S>(at, a.grad_delta, false, ddelta);
+    if (gated) store_rows<S>(at, a.grad_z, indexed, dz);
+  } else {
+    store_elements<S>(at, a.grad_u, false, du);
+    store_elements<S>(at, a.grad_delta, false, ddelta);
+    if (gated) store_elements<S>(at, a.grad_z, indexed, dz);
+  }
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ class Loop:
 
 
 # address, predicate, opcode, operands; padding (NOP) is no instruction
-_INSTRUCTION = r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?!NOP)([A-Z][A-Z0-9_.]*)(.*?);"
+_INSTRUCTION = r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?(?!NOP)([A-Z][A-Z0-9_.]*)(.*?);"
 
 
 def find_cuobjdump() -> str | None:
@@ -75,13 +75,13 @@ def resources(cubin: Path) -> dict[str, Resources]:
 
 
 def instructions(cubin: Path) -> dict[str, list[tuple[int, str, str]]]:
-    """Mangled kernel name → (address, opcode, operands) in order."""
+    """Mangled kernel name → (address, opcode, predicate and operands) in order."""
     code: dict[str, list[tuple[int, str, str]]] = {}
     for line in _cuobjdump("-sass", cubin).splitlines():
         if name := re.search(r"Function : (\S+)", line):
             current = code.setdefault(name[1], [])
         elif found := re.match(_INSTRUCTION, line):
-            current.append((int(found[1], 16), found[2], found[3]))
+            current.append((int(found[1], 16), found[3], (found[2] or "") + found[4]))
     return code
 
 
@@ -101,6 +101,42 @@ def loops(code: list[tuple[int, str, str]]) -> list[Loop]:
         own = (op for a, op, _ in code if begin <= a <= end and not any(b <= a <= e for b, e in inner))
         found.append(Loop(begin, end, depth, Counter(own)))
     return found
+
+
+def busiest_path(code: list[tuple[int, str, str]], loop: Loop, *prefixes: str) -> Counter[str]:
+    """Opcodes of one turn of a loop on its way through most instructions that start with one of the prefixes.
+
+    Of equally busy ways it is the shortest. As in `Loop`, inner loops are left out.
+    """
+    body = [line for line in code if loop.begin <= line[0] <= loop.end]
+    place = {address: i for i, (address, _, _) in enumerate(body)}
+    inner = [(o.begin, o.end) for o in loops(body) if o.begin > loop.begin]
+    ways: list[tuple[int, int, int] | None] = [None] * len(body) + [(0, 0, 0)]  # busy, -length, next
+    for i in reversed(range(len(body))):
+        address, opcode, operands = body[i]
+        successors = {i + 1}
+        if opcode.startswith("BRA"):
+            target = int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)  # type: ignore[index]
+            conditional = re.match(r"\s*(@|!?U?P)", operands) or loop.begin < target <= address
+            successors = {i + 1} if conditional else set()
+            if target == loop.begin:
+                successors.add(len(body))
+            elif target > address and target <= loop.end:
+                successors.add(next(place[a] for a in range(target, loop.end + 16, 16) if a in place))
+        elif opcode == "EXIT" and not operands.startswith("@"):
+            successors = set()
+        own = not any(begin <= address <= end for begin, end in inner)
+        found = [(way[0], way[1], j) for j in successors if (way := ways[j])]
+        if found:
+            busy, length, after = max(found)
+            ways[i] = busy + (own and opcode.startswith(prefixes)), length - own, after
+    opcodes: Counter[str] = Counter()
+    i = 0
+    while i < len(body):
+        address, opcode, _ = body[i]
+        opcodes[opcode] += not any(begin <= address <= end for begin, end in inner)
+        i = ways[i][2]  # type: ignore[index]
+    return opcodes
 
 
 def main() -> None:

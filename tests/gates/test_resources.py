@@ -36,21 +36,20 @@ def per_element(code, elements):
 def adjoint_per_element(code):
     """Instructions a scan's backward issues per (step, channel, state): in the 8 steps of sweep(), and in all.
 
-    sweep() is the loop with most multiply-adds, 8 steps of 4 states a turn; around it the loop over the parts of a tile
-    (two turns of sweep() each), then the one over tiles (eight). Per tile replay(), the loop with most exponentials,
-    runs over three of four parts, prepare(), the one with most reciprocals, twice, over 8 steps of a lane's channel.
-    Branches that a call does not take (row_index) are counted, too.
+    The loop with most multiply-adds does 8 steps of two strips, so 64 elements per lane: first sweep(), which has no
+    addition, then finish() and add_copies(). Around it the loop over tiles, four times as much, on the way of a usual
+    call: there are a gate and softplus, memory is moved in packs, no row_index. Per tile replay(), the other loop with
+    exponentials and no reciprocals, runs over three of four parts.
     """
     loops = sass.loops(code)
-    sweep = max(loops, key=lambda loop: loop.count("FFMA"))
-    parts, tiles = (
-        next(loop for loop in loops if loop.depth == sweep.depth - up and loop.begin <= sweep.begin <= loop.end)
-        for up in (1, 2)
-    )
-    replay = max(loops, key=lambda loop: loop.count("MUFU.EX2"))
-    prepare = max(loops, key=lambda loop: loop.count("MUFU.RCP"))
-    around = parts.size / 64 + tiles.size / 256 + replay.size / 64 * 3 / 4 + prepare.size / 128
-    return sweep.size / 32, sweep.size / 32 + around
+    parts = max(loops, key=lambda loop: loop.count("FFMA"))
+    tiles = next(loop for loop in loops if loop.depth == parts.depth - 1 and loop.begin <= parts.begin <= loop.end)
+    inner = [loop for loop in loops if tiles.begin < loop.begin <= tiles.end and loop is not parts]
+    replay = max(inner, key=lambda loop: loop.count("MUFU.EX2"))
+    packs = [f"{move}.E.{bits}" for move in ("LDG", "STG") for bits in (64, 128)]
+    usual = sass.busiest_path(code, tiles, "MUFU.EX2", *packs).total()
+    opcodes = [opcode for address, opcode, _ in code if parts.begin <= address <= parts.end]
+    return opcodes.index("FADD") / 64, parts.size / 64 + usual / 256 + replay.size / 64 * 3 / 4
 
 
 def check(row, resources, code):
