@@ -119,8 +119,7 @@ def exhaustive_head_inputs(
 
     features: `[B, E]`, as they are stored when the fault hits, before the norm if `normalise`: the norm of the faulty
     vector is ‖f‖² + f'_j² − f_j², infinite where the layer's float32 overflows. by: rows, "input" or "image". The rest
-    as in `exhaustive_head_weights`. A fault touches every class, so this costs C times as much as a logit's, in plain
-    torch: 10⁶ faults at 10 classes take about a second.
+    as in `exhaustive_head_weights`. A fault touches every class: C times the work of a logit's fault, in plain torch.
     """
     rows = _rows("exhaustive_head_inputs", by, ("input", "image"))
     op = "exhaustive_head_inputs"
