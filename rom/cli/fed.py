@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
     parser.add_argument(
-        "--methods", default="fedavg,feddf,features,linear,fedfd", help="comma-separated (default: all)"
+        "--methods",
+        default="fedavg,feddf,features,linear,fedfd,fedfd-householder",
+        help="comma-separated (default: all)",
     )
     parser.add_argument("--seeds", type=positive_int, default=3, metavar="N", help="repetitions (default 3)")
     parser.add_argument("--rounds", type=positive_int, default=20, metavar="N", help="of each run (default 20)")
@@ -35,16 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--alpha", type=positive_float, default=0.3, help="of the Dirichlet partition (default 0.3)")
     parser.add_argument("--local-epochs", type=positive_int, default=4, metavar="N", help="per round (default 4)")
-    parser.add_argument("--map", default="cayley", help="of the orthogonal projection (default cayley)")
+    parser.add_argument(
+        "--engine",
+        choices=("in-process", "flower"),
+        default="in-process",
+        help="who runs the clients: this process, or Flower's simulation on Ray; same figures (default in-process)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on in DIR (same arguments)")
     parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="CPU threads (default 1)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the study; 0."""
-    missing = [name for name in ("sklearn", "scipy", "safetensors", "matplotlib") if not importlib.util.find_spec(name)]
-    if missing:
-        raise TrainingError(f"{', '.join(missing)} not installed. Run `pip install 'rom-kernels[fed]'`.")
+    needed = ["sklearn", "scipy", "safetensors", "matplotlib"] + ["flwr", "ray"] * (args.engine == "flower")
+    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+        python = " with Python 3.11 or newer" if "flwr" in missing else ""
+        raise TrainingError(f"{', '.join(missing)} not installed. Run `pip install 'rom-kernels[fed]'`{python}.")
 
     import torch  # noqa: PLC0415 - slow, and help and wrong arguments need not wait
 
@@ -59,11 +67,15 @@ def run(args: argparse.Namespace) -> int:
             alpha=args.alpha,
             rounds=args.rounds,
             local_epochs=args.local_epochs,
-            distillation=fedfd.Distillation(orthogonal_map=args.map),
         )
         args.out.mkdir(parents=True, exist_ok=True)
         methods = args.methods.split(",")
-        rows = study.run(fedfd.digits(), settings, methods, range(args.seeds), args.out, args.resume)
+        engine: study.Engine = fedfd.Federation.run
+        if args.engine == "flower":
+            from rom.models.fedfd import flower  # noqa: PLC0415
+
+            engine = flower.simulate
+        rows = study.run(fedfd.digits(), settings, methods, range(args.seeds), args.out, args.resume, engine)
     except ValueError as error:
         raise TrainingError(str(error)) from error
     text = study.table(rows)

@@ -65,7 +65,8 @@ METHODS: dict[str, dict[str, object]] = {
     "feddf": {"feature_weight": 0.0, "logit_weight": 1.0},  # Lin et al., "Ensemble Distillation ...", 2020
     "features": {"projection": "none"},
     "linear": {"projection": "linear"},
-    "fedfd": {"projection": "orthogonal"},
+    "fedfd": {"projection": "orthogonal", "orthogonal_map": "cayley"},
+    "fedfd-householder": {"projection": "orthogonal", "orthogonal_map": "householder"},
 }
 
 

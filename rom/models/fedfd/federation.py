@@ -6,8 +6,8 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,17 @@ class Settings:
             raise ValueError(f"Settings: {names[0]} is the global model and must be the widest of its architecture.")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"Settings: expected 0 < fraction <= 1, got {self.fraction}.")
+
+    def to_json(self) -> str:
+        """All of it, for a checkpoint or a message to a client."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        groups = tuple(Group(**group) for group in values.pop("groups"))
+        return cls(groups=groups, distillation=Distillation(**values.pop("distillation")), **values)
 
     def group(self, client: int) -> Group:
         """The group of a client."""
@@ -193,6 +204,11 @@ class Federation:
         """`train_client` with this federation's data; an engine that trains elsewhere does not call it."""
         return train_client(model, state, self.client_data(client), self.settings, self.round, client)
 
+    def run(self, after_round: Callable[[dict[str, Any]], None] = lambda record: None) -> None:
+        """The rounds that are left, in this process; `after_round` is called with each one's record."""
+        while self.round < self.settings.rounds:
+            after_round(self.run_round())
+
     def run_round(self) -> dict[str, Any]:
         """Selected clients train, one after the other; then `finish_round`."""
         refused: dict[int, str] = {}
@@ -246,8 +262,7 @@ class Federation:
 
     # ------------------------------------------------------------------------------------------------ storage
     def _identity(self) -> str:
-        fixed = {k: v for k, v in asdict(self.settings).items() if k != "rounds"}
-        return json.dumps(fixed, sort_keys=True)
+        return replace(self.settings, rounds=0).to_json()  # more rounds may follow
 
     def save(self, path: Path) -> None:
         """Writes the server's state, complete or not at all; `load` goes on from it bit for bit."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +20,22 @@ from rom.models.fedfd.federation import Federation, Settings, pooled_accuracy
 CHECKPOINT, ROUNDS, TABLE, PLOT = "checkpoint.safetensors", "rounds.csv", "table.md", "accuracy.png"
 GLOBAL, MEAN = "global", "mean of groups"
 
+#: Runs a federation's remaining rounds and calls the function after each: `Federation.run` or `flower.simulate`.
+Engine = Callable[[Federation, Callable[[dict[str, Any]], None]], None]
+
 
 def run(
-    data: Images, settings: Settings, methods: Sequence[str], seeds: Sequence[int], folder: Path, resume: bool
+    data: Images,
+    settings: Settings,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    resume: bool,
+    engine: Engine = Federation.run,
 ) -> list[dict[str, object]]:
     """Runs every method with every seed, each in a subfolder with its checkpoint; returns and writes all rounds.
 
-    A killed study goes on with `resume` where it stopped, at the last finished round.
+    A killed study goes on with `resume` where it stopped, at the last finished round, with whatever engine.
 
     Raises:
         ValueError: an unknown method, or a checkpoint of other settings.
@@ -38,7 +48,7 @@ def run(
         for method in methods:
             how = replace(settings.distillation, **METHODS[method])  # type: ignore[arg-type]
             federation = Federation(parts, replace(settings, seed=seed, distillation=how))
-            _finish(federation, folder / f"{method}-{seed}", resume, f"{method}, seed {seed}")
+            _finish(federation, folder / f"{method}-{seed}", resume, f"{method}, seed {seed}", engine)
             rows += [_row(method, seed, settings.groups[0].name, record) for record in federation.history]
         ceiling = pooled_accuracy(parts, replace(settings, seed=seed))
         rows.append({"method": "pooled", "seed": seed, "round": settings.rounds - 1, GLOBAL: ceiling, MEAN: ceiling})
@@ -49,19 +59,22 @@ def run(
     return rows
 
 
-def _finish(federation: Federation, folder: Path, resume: bool, name: str) -> None:
+def _finish(federation: Federation, folder: Path, resume: bool, name: str, engine: Engine) -> None:
     checkpoint = folder / CHECKPOINT
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         if not resume:
             raise ValueError(f"{folder} holds a run already. Continue it with --resume, or give another --out.")
         federation.load(checkpoint)
-    while federation.round < federation.settings.rounds:
-        record = federation.run_round()
+
+    def after_round(record: dict[str, Any]) -> None:
         federation.save(checkpoint)
         (folder / "history.json").write_text(json.dumps(federation.history, indent=1))
         shown = "  ".join(f"{group} {value:.3f}" for group, value in record["accuracy"].items())
         print(f"{name}: round {federation.round} of {federation.settings.rounds}  {shown}", file=sys.stderr, flush=True)
+
+    if federation.round < federation.settings.rounds:
+        engine(federation, after_round)
 
 
 def _row(method: str, seed: int, group: str, record: dict[str, object]) -> dict[str, object]:
@@ -82,18 +95,38 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """Accuracy after the last round per method, mean ± 95 % interval over seeds, as Markdown."""
-    lines = [f"| method | {GLOBAL} model | {MEAN} | seeds |", "|---|---|---|---|"]
-    for method in dict.fromkeys(str(row["method"]) for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        last = max(int(str(row["round"])) for row in mine)
-        final = [row for row in mine if row["round"] == last]
-        cells = []
-        for column in (GLOBAL, MEAN):
-            mean, half = interval([float(str(row[column])) for row in final])
-            cells.append(f"{mean:.3f} ± {half:.3f}")
-        lines.append(f"| {method} | {cells[0]} | {cells[1]} | {len(final)} |")
+    """Accuracy after the last round per method, mean ± 95 % interval over seeds, as Markdown.
+
+    With fedavg among the methods also the differences from it, seed by seed: splits differ more than methods do.
+    """
+    last = max(int(str(row["round"])) for row in rows)
+    final: dict[str, dict[int, dict[str, object]]] = {}
+    for row in rows:
+        if int(str(row["round"])) == last:
+            final.setdefault(str(row["method"]), {})[int(str(row["seed"]))] = row
+    lines = [f"| method | {GLOBAL} model | over fedavg | {MEAN} | seeds |", "|---|---|---|---|---|"]
+    for method, runs in final.items():
+        base = final.get("fedavg", {})
+        cells = [
+            _cell([_value(row, GLOBAL) for row in runs.values()]),
+            _cell([_value(row, GLOBAL) - _value(base[seed], GLOBAL) for seed, row in runs.items() if seed in base], "+")
+            if method != "fedavg"
+            else "",
+            _cell([_value(row, MEAN) for row in runs.values()]),
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} | {len(runs)} |")
     return "\n".join(lines) + "\n"
+
+
+def _value(row: dict[str, object], column: str) -> float:
+    return float(str(row[column]))
+
+
+def _cell(values: Sequence[float], sign: str = "") -> str:
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:{sign}.3f} ± {half:.3f}"
 
 
 def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
@@ -107,7 +140,7 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     for method in dict.fromkeys(str(row["method"]) for row in rows):
         mine = [row for row in rows if row["method"] == method]
         seeds = sorted({int(str(row["seed"])) for row in mine})
-        curves = np.array([[float(str(row[GLOBAL])) for row in mine if row["seed"] == seed] for seed in seeds])
+        curves = np.array([[_value(row, GLOBAL) for row in mine if row["seed"] == seed] for seed in seeds])
         if method == "pooled":
             axes.axhline(curves.mean(), color="gray", linestyle="--", label="pooled data")
             continue
