@@ -13,7 +13,7 @@ from rom.models.fedfd import aggregation, distillation, federation
 
 pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
 
-NO_DISTILLATION = fedfd.Distillation(feature_weight=0.0)
+NO_DISTILLATION = fedfd.Distillation(feature_weight=0.0, logit_weight=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_distillation_brings_the_features_together(split):
     torch.manual_seed(0)
     groups = (fedfd.Group("mlp"), fedfd.Group("cnn"))
     student, teacher = (g.build(split.image_shape, split.num_classes) for g in groups)
-    how = fedfd.Distillation(steps=60, learning_rate=3e-3)
+    how = fedfd.Distillation(steps=60, learning_rate=3e-3, logit_weight=0.0)
     projections = torch.nn.ModuleDict({"cnn": distillation.make_projection(80, 64, how)})
     teachers = [distillation.Teacher("cnn", teacher.eval(), 1.0)]
 
