@@ -11,7 +11,6 @@ import torch
 from rom.models import fedfd
 
 pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
-needs_flower = pytest.mark.skipif(not importlib.util.find_spec("flwr"), reason="Flower is not installed")
 needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed")
 
 
@@ -179,3 +178,17 @@ def test_simulation_equals_the_in_process_engine(flower, split):
         assert_equal(ours, in_process(split, small()))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@needs_ray
+def test_simulation_goes_on_without_clients_that_misbehave(flower, split):
+    federation = fedfd.Federation(split, small(rounds=1))
+    images, labels = split.train.images.clone(), split.train.labels.clone()
+    labels[federation.parts[0]] = 1000  # no such class: raises
+    images[federation.parts[1]] = float("nan")
+    federation.split = replace(split, train=fedfd.Images(images, labels))
+    flower.simulate(federation)
+    record = federation.history[0]
+    assert record["clients"] == 1 and set(record["refused"]) == {"0", "1"}
+    assert "1000" in record["refused"]["0"] and "NaN" in record["refused"]["1"]

@@ -171,8 +171,11 @@ class FedFD(Strategy):
                 for node in sorted(online - set(self._clients))
             ]
             for reply in grid.send_and_receive(questions, timeout=self.patience) if questions else ():
-                if not reply.has_error():
-                    self._clients[reply.metadata.src_node_id] = _integer(reply, "identity", "client")
+                node = reply.metadata.src_node_id
+                if reply.has_error():
+                    LOGGER.warning("node %d does not say which client it is: %s", node, reply.error.reason)
+                else:
+                    self._clients[node] = _integer(reply, "identity", "client")
             nodes = {client: node for node, client in self._clients.items() if node in online}
             if not waits or set(wanted) <= set(nodes) or time.monotonic() > end:
                 return nodes
@@ -231,7 +234,8 @@ def simulate(federation: Federation, after_round: AfterRound = lambda record: No
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        FedFD(federation, after_round).run(grid)
+        # A busy machine took over a minute to start the processes that answer.
+        FedFD(federation, after_round, patience=600.0).run(grid)
 
     load = functools.partial(_share, federation.split.train, federation.parts)
     # Deprecated in favour of the command `flwr run`, but the only way from Python.

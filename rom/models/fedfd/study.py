@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from rom import files
-from rom.models.fedfd.data import Images, split
+from rom.models.fedfd.aggregation import State, Update
+from rom.models.fedfd.clients import FeatureClassifier
+from rom.models.fedfd.data import Images, Split, split
 from rom.models.fedfd.distillation import METHODS
 from rom.models.fedfd.federation import Federation, Settings, pooled_accuracy
 
@@ -45,9 +48,10 @@ def run(
     rows: list[dict[str, object]] = []
     for seed in seeds:
         parts = split(data, seed)
+        trained: _Trained = {}
         for method in methods:
             how = replace(settings.distillation, **METHODS[method])  # type: ignore[arg-type]
-            federation = Federation(parts, replace(settings, seed=seed, distillation=how))
+            federation = _Remembering(parts, replace(settings, seed=seed, distillation=how), trained)
             _finish(federation, folder / f"{method}-{seed}", resume, f"{method}, seed {seed}", engine)
             rows += [_row(method, seed, settings.groups[0].name, record) for record in federation.history]
         ceiling = pooled_accuracy(parts, replace(settings, seed=seed))
@@ -57,6 +61,30 @@ def run(
         writer.writeheader()
         writer.writerows(rows)
     return rows
+
+
+_Trained = dict[tuple[int, int, bytes], Update]
+
+
+class _Remembering(Federation):
+    """Methods differ in the global model: what all other clients do from the same weights is done once per seed.
+
+    Of the three default architectures the global one is the fastest to train: 12 rounds of a seed's first method take
+    15 to 20 s of CPU time, of every other 5 to 7.
+    """
+
+    def __init__(self, split: Split, settings: Settings, trained: _Trained) -> None:
+        super().__init__(split, settings)
+        self._trained = trained
+
+    def train_client(self, model: FeatureClassifier, state: State, client: int) -> Update:
+        weights = hashlib.blake2b()
+        for tensor in state.values():
+            weights.update(tensor.contiguous().numpy().data)
+        key = (self.round, client, weights.digest())
+        if key not in self._trained:
+            self._trained[key] = super().train_client(model, state, client)
+        return self._trained[key]
 
 
 def _finish(federation: Federation, folder: Path, resume: bool, name: str, engine: Engine) -> None:
