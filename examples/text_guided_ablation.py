@@ -226,7 +226,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], records: Sequence[Any]) -> 
             axes.set_title(f"{label} of linear / {label}, {words}", fontsize=9)
         _bits_panel(line[-1], records, clamp)
         line[-1].set_title(f"last layer, {words}", fontsize=9)
-    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -259,7 +259,6 @@ def _bits_panel(axes: Any, records: Sequence[Any], clamp: str) -> None:
         axes.plot(range(32), np.mean(found, 0), marker=".", color=colour, linewidth=1, label=head)
     axes.set(xlim=(18, 32), xlabel="bit that is flipped (23–30: exponent, 31: sign)", ylabel="mismatch")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def build(
 class Rescaled(nn.Module):
     """The linear classifier with its last layer divided by a power of two, and the results multiplied by it.
 
-    The same logits, bit for bit; but what the last layer holds stays below 2, as cosines do. There the bits 25 to 29 of
-    a float32 are 1: a flip makes the value small, where it makes one above 2 huge.
+    The same logits, bit for bit; but what the last layer holds stays below 2, as cosines do. From 1/8 to 2 the bits 25
+    to 29 of a float32 are 1: a flip makes the value small, where it makes one above 2 huge.
     """
 
     def __init__(self, linear: nn.Module, bound: float) -> None:
