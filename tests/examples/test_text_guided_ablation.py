@@ -28,6 +28,6 @@ def test_study(tmp_path):
     assert "seed 0" not in done.stdout and done.stdout.count("| no norm, random | ") == 3
     assert (tmp_path / "text_guided_ablation.png").stat().st_size > 20_000
     assert (tmp_path / "text_guided_ablation.md").read_text().strip() in done.stdout
-    assert len((tmp_path / "text_guided_ablation.csv").read_text().splitlines()) == 1 + 2 * (5 + 5 * 6)
+    assert len((tmp_path / "text_guided_ablation.csv").read_text().splitlines()) == 1 + 2 * (2 * 5 + 5 * 6)
     done = subprocess.run([*command, "--width", "64"], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "other settings" in done.stderr
