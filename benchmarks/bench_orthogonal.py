@@ -1,6 +1,8 @@
 """Orthogonal maps against torch's three, torch.linalg.qr, geotorch, torch_householder and plain torch.
 
-python benchmarks/bench_orthogonal.py [--quick] [--shape BATCH,N,K] [--targets]
+python benchmarks/bench_orthogonal.py [--quick] [--square] [--tall] [--shape BATCH,N,K] [--targets]
+
+On a GPU also in batches that fill it, and against torch with TF32 as the user left it (off by default).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from rom.reference import orthogonal as reference
 
 SHAPES = ["1024,16,16", "256,32,32", "64,64,64", "1,512,512", "1,512,128", "1,2048,64", "16,256,64", "64,512,16"]
 SHAPES += ["64,128,32"]
+GPU_SHAPES = ["4096,16,16", "4096,32,32", "4096,64,64", "256,128,128", "256,256,256", "1,1024,1024"]
+GPU_SHAPES += ["64,512,64", "4096,64,16"]
 BOTH = "forward+backward"
 # far from the origin, where an inverse needs pivoting, and in 16 bits: shape, factor of x, dtype
 EXTRA = [(shape, 30, torch.float32) for shape in ("1024,16,16", "256,32,32", "64,64,64", "1,512,512")]
@@ -30,6 +34,17 @@ TARGETS = [
     Target(f"cayley {BOTH}", "(1, 2048, 64)", "torch cayley", 600),
     Target(f"householder {BOTH}", "(1, 512, 128)", "torch householder", 25),
     Target(f"householder {BOTH}", "(1, 2048, 64)", "torch householder", 400),
+]
+# Batches of n <= 64: 10 times torch. Within twice the floor where that is more than 20 us.
+SMALL = ["(1024, 16, 16)", "(256, 32, 32)", "(64, 64, 64)", "(4096, 16, 16)", "(4096, 32, 32)", "(4096, 64, 64)"]
+GPU_TARGETS = [
+    *(Target(f"{name} {BOTH}", size, f"torch {name}", 10) for size in SMALL for name in ("cayley", "householder")),
+    *(
+        Target(f"{name} {kind}", size, "rom", 0.5, what="fraction")
+        for size in ("(4096, 64, 64)", "(256, 256, 256)", "(1, 1024, 1024)")
+        for kind in ("forward", BOTH)
+        for name in ("cayley", "householder")
+    ),
 ]
 
 
@@ -70,7 +85,9 @@ def case(
             predict=lambda: seconds,
         )
 
-    square = batch * n**3
+    # what CPUs take; a GPU is at least fifty times as fast, or waits for launches
+    square = batch * n**3 * (0.02 if device == "cuda" else 1)
+    reflections = batch * k * n * n * (0.02 if device == "cuda" else 1)
     exp = contender("torch matrix_exp", peers.by_torch("matrix_exp"), own=True, seconds=3e-9 * square)
     qr = contender("torch.linalg.qr", peers.in_float32(peers.by_qr), own=True)
     contenders = [contender("rom", getattr(rom.ops, name))]
@@ -80,7 +97,7 @@ def case(
         contenders += [torchs, plain, qr, exp, contender("geotorch cayley", peers.by_geotorch(), own=True)]
         operations = batch * (3 * (n - k) * k * k + 2 * k**3) + backward * batch * (6 * (n - k) * k * k + 4 * k**3)
     else:
-        torchs = contender("torch householder", peers.by_torch("householder"), seconds=batch * k * n * n * 1e-8)
+        torchs = contender("torch householder", peers.by_torch("householder"), seconds=reflections * 1e-8)
         plain = contender("plain torch", peers.in_float32(peers.HouseholderFormula.apply))
         contenders += [torchs, plain, qr, contender("torch_householder", peers.by_torch_householder())]
         operations = batch * (3 * n * k * k + k**3) + backward * batch * (6 * n * k * k + 2 * k**3)
@@ -89,7 +106,7 @@ def case(
         f"{shape}{'' if scale == 1 else f' times {scale}'}",
         contenders,
         timed(getattr(reference, name), x64, grad64, backward),
-        cost=Cost(operations / 2, 0, batch * 4 * (n * k * (5 if backward else 2) + k * k * (2 if backward else 1))),
+        cost=Cost(operations / 2, 0, batch * dtype.itemsize * n * k * (5 if backward else 2)),
         dtype=dtype,
         clock="cuda" if device == "cuda" else "cpu" if threads == 1 else "wall",
     )
@@ -98,16 +115,20 @@ def case(
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--shape", metavar="BATCH,N,K", action="append", help="repeatable; default the nine of the table"
+        "--shape", metavar="BATCH,N,K", action="append", help="repeatable; default the nine of the table, more on a GPU"
     )
+    parser.add_argument("--square", action="store_true", help="of the default shapes only the square ones")
+    parser.add_argument("--tall", action="store_true", help="of the default shapes only the tall ones")
     options = parse(parser, argv)
     benchmark = Benchmark("orthogonal maps", options)
+    on_gpu = options.device == "cuda"
 
     def run(name: str, text: str, *how: Any) -> None:
         batch, n, k = (int(part) for part in text.split(","))
-        benchmark.run(case(name, options.device, options.threads, (batch, n, k), *how))
+        if options.shape or options.square in (options.tall, n == k):
+            benchmark.run(case(name, options.device, options.threads, (batch, n, k), *how))
 
-    for text in options.shape or (["8,16,16", "2,64,32"] if options.quick else SHAPES):
+    for text in options.shape or (["8,16,16", "2,64,32"] if options.quick else SHAPES + GPU_SHAPES * on_gpu):
         for name in ("cayley", "householder"):
             run(name, text, False)
             run(name, text, True)
@@ -115,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         run("cayley", text, True, scale, dtype)
         if dtype != torch.float32:
             run("householder", text, True, scale, dtype)
-    benchmark.finish(TARGETS)
+    benchmark.finish(GPU_TARGETS if on_gpu else TARGETS)
     return benchmark.rows
 
 

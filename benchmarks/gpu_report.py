@@ -45,10 +45,10 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {
     "scan": {kind: [f"--{kind}"] for kind in ("forward", "backward", "decode")},
     "conv": {kind: [f"--{kind}"] for kind in ("forward", "backward", "update")},
     "block": {"block": []},
-    "orthogonal": {"orthogonal": []},
+    "orthogonal": {kind: [f"--{kind}"] for kind in ("square", "tall")},
     "last_layer": {"last_layer": []},
 }
-FAMILIES = ("scan", "decode", "conv", "norm", "routing")  # of launches.py, which needs the built package
+FAMILIES = ("scan", "decode", "conv", "norm", "routing", "orthogonal")  # of launches.py, which needs the built package
 # By what a first run must know; benchmarks not named come last.
 ORDER = ("build", "tests", "peers", "scan", "micro", "conv", "train", "sanitizer", "profile")
 

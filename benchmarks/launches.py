@@ -164,7 +164,23 @@ def routing(large: bool, device: str) -> Iterator[Launch]:
         yield from _both_ways("routing", "routed_linear", name, partial(project, rows_in="expert"), after)
 
 
-FAMILIES = {"scan": scan, "decode": decode, "conv": conv, "norm": norm, "routing": routing}
+def orthogonal(large: bool, device: str) -> Iterator[Launch]:
+    """Square in a warp and in a block, tall in one launch and cut into parts of rows."""
+
+    def mapped(op: str, x: Tensor) -> Tensors:
+        return (getattr(rom.ops, op)(x),)
+
+    def inputs(batch: int, n: int, k: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(batch, n, k, device=device) / n**0.5}
+
+    big = ((4096, 16, 16), (4096, 32, 32), (4096, 64, 64), (256, 128, 128), (64, 512, 64), (1, 2048, 64))
+    small = ((5, 7, 7), (3, 33, 20), (1, 200, 17), (2, 70, 40), (2, 100, 100))
+    for sizes in big if large else small:
+        for op in ("cayley", "householder"):
+            yield from _both_ways("orthogonal", op, str(sizes), partial(mapped, op), lambda s=sizes: inputs(*s))
+
+
+FAMILIES = {"scan": scan, "decode": decode, "conv": conv, "norm": norm, "routing": routing, "orthogonal": orthogonal}
 
 
 # ------------------------------------------------------------------------------------------------ the run

@@ -6,6 +6,9 @@ Formulas in the notation of `rom.ops.cayley` and `householder`; G is the gradien
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 
 from rom.ops import _op
@@ -17,6 +20,37 @@ def factors(signs: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.where(signs < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
 
 
+@contextmanager
+def matmul_precision(like: torch.Tensor, precision: str) -> Iterator[None]:
+    """Products of float32 matrices on a GPU in "ieee" or "tf32", whatever the user allows; nothing else changes.
+
+    TF32 keeps 10 bits: a Q computed in it is orthogonal to 1e-3. It serves where the factor that is rounded is small.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if not like.is_cuda or before == precision:
+        yield
+        return
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def polished(q: torch.Tensor) -> torch.Tensor:
+    """`reference.polish` on tensor cores: only the residual needs float32."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    with matmul_precision(q, "ieee"):
+        residual = torch.baddbmm(eye, q.mT, q, alpha=-1)
+    with matmul_precision(q, "tf32"):
+        return torch.baddbmm(q, q, residual, alpha=0.5)
+
+
+def _lu_inverse(m: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.inv_ex(m)[0]  # not inv, whose check would wait for a GPU
+
+
 def _compute(x: torch.Tensor) -> torch.Tensor:
     return x.to(_op.compute_dtype(x.dtype))
 
@@ -24,7 +58,7 @@ def _compute(x: torch.Tensor) -> torch.Tensor:
 def _finish(q: torch.Tensor, signs: torch.Tensor | None, polish: bool, dtype: torch.dtype) -> torch.Tensor:
     if signs is not None:
         q *= factors(signs, q)
-    return (reference.polish(q) if polish else q).to(dtype)
+    return (polished(q) if polish else q).to(dtype)
 
 
 def _gradient(grad: torch.Tensor, signs: torch.Tensor | None) -> torch.Tensor:
@@ -33,10 +67,15 @@ def _gradient(grad: torch.Tensor, signs: torch.Tensor | None) -> torch.Tensor:
     return grad if signs is None else grad * factors(signs, grad)
 
 
-def cayley_forward(x: torch.Tensor, signs: torch.Tensor | None, polish: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def cayley_forward(
+    x: torch.Tensor,
+    signs: torch.Tensor | None,
+    polish: bool,
+    inverse_of: Callable[[torch.Tensor], torch.Tensor] = _lu_inverse,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(Q, R = K⁻¹)."""
     work, k = _compute(x), x.shape[-1]
-    inverse, _ = torch.linalg.inv_ex(reference.accretive(work))
+    inverse = inverse_of(reference.accretive(work))
     q = torch.empty_like(work, memory_format=torch.contiguous_format)
     torch.mul(inverse, 2, out=q[:, :k])
     q[:, :k].diagonal(dim1=-2, dim2=-1).sub_(1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from rom import dispatch
-from rom.ops import _op, _orthogonal_cpu, _orthogonal_library
+from rom.ops import _op, _orthogonal_cpu, _orthogonal_cuda, _orthogonal_library
 from rom.reference import orthogonal as reference
 
 
@@ -107,7 +107,8 @@ def _map(op: str, x: torch.Tensor, signs: torch.Tensor | None, polish: bool) -> 
     check_signs(op, signs, x)
     if x.shape[-2] < x.shape[-1]:
         return _map(op, x.mT, signs, polish).mT
-    refusals = (("cpu", "complex matrices run on the reference"),) if x.is_complex() else ()
+    complex_refused = "complex matrices run on the reference"
+    refusals = (("cpu", complex_refused), ("cuda", complex_refused)) if x.is_complex() else ()
     backend = dispatch.choose(op, x.device.type, refusals)
     if backend == "reference" and (x.is_complex() or not torch.compiler.is_compiling()):
         return _reference(op, x, signs, polish)
@@ -135,13 +136,18 @@ def _reference(op: str, x: torch.Tensor, signs: torch.Tensor | None, polish: boo
 # Per map: forward to (Q, what the gradient needs besides x; empty, of one dimension, if that is Q), backward to x's
 # gradient. x is `[batch, n, k]`, n >= k.
 for _name in ("cayley", "householder"):
-    for _backend, _module in (("cpu", _orthogonal_cpu), ("reference", _orthogonal_library)):
+    for _backend, _module in (
+        ("cuda", _orthogonal_cuda),
+        ("cpu", _orthogonal_cpu),
+        ("reference", _orthogonal_library),
+    ):
         dispatch.register(
             _name,
             _backend,
             getattr(_module, f"{_name}_forward"),
             getattr(_module, f"{_name}_backward"),
-            kernels=(f"{_name}_forward", f"{_name}_backward") if _backend == "cpu" else (),
+            kernels=(f"{_name}_forward", f"{_name}_backward") if _backend != "reference" else (),
+            shared_bytes=_orthogonal_cuda.SHARED_BYTES if _backend == "cuda" else 0,
         )
 
 

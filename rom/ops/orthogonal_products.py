@@ -156,7 +156,7 @@ def _householder_backward(
 
 def _forward(x: torch.Tensor, inp: torch.Tensor, map: str, transpose: bool, backend: str) -> Saved:
     compute = _op.compute_dtype(x.dtype)
-    with _op.without_autocast(x.device.type):
+    with _op.without_autocast(x.device.type), library.matmul_precision(x, "ieee"):
         run = _cayley_forward if map == "cayley" else _householder_forward
         y, factors, pivots, solution = run(x.to(compute), inp.to(compute), transpose)
     # strides are part of the operator's promise to the compiler, and LAPACK's are column-major
@@ -175,7 +175,7 @@ def _backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     compute = _op.compute_dtype(x.dtype)
-    with _op.without_autocast(x.device.type):
+    with _op.without_autocast(x.device.type), library.matmul_precision(x, "ieee"):
         run = _cayley_backward if map == "cayley" else _householder_backward
         saved = (grad, factors, pivots, solution)
         grad_x, grad_inp = run(grad.to(compute), x.to(compute), inp.to(compute), saved, transpose)
@@ -183,7 +183,7 @@ def _backward(
 
 
 # ------------------------------------------------------------------------------------------------ registration
-for _backend in ("cpu", "reference"):
+for _backend in ("cuda", "cpu", "reference"):  # library routines everywhere: a factorisation and thin products
     dispatch.register("orthogonal_apply", _backend, _forward, _backward)
 _op.define(
     "orthogonal_apply(Tensor x, Tensor inp, str map, bool transpose, str backend) -> (Tensor, Tensor, Tensor, Tensor)"

@@ -9,8 +9,8 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 FAMILIES = ["norm", "scan_forward", "scan_backward"]
-# Many instances and no barrier: by default these are built only with a sanitizer, once each.
-DECODE = ["state_update", "conv_update"]
+# Many instances: by default these are built only with a sanitizer, once each. The decode steps have no barrier.
+MANY = ["state_update", "conv_update", "orthogonal"]
 # Removing any barrier must be noticed: (family, source, statement, which of them).
 MUTANTS = [("norm", "reduce.cuh", "__syncthreads();", 1)]
 SLOW_MUTANTS = [
@@ -22,6 +22,11 @@ SLOW_MUTANTS = [
     ("scan_forward", "scan_forward.cuh", "async_wait<0>();", 0),
     *(("scan_backward", "scan_backward.cuh", "__syncthreads();", which) for which in (1, 2, 3, 4)),
     *(("scan_backward", "scan_backward.cuh", "__syncwarp();", which) for which in (0, 1)),
+    *(("orthogonal", "matrix_inverse.cuh", "team.sync();", which) for which in range(9)),
+    *(("orthogonal", "orthogonal.cuh", "this->sync();", which) for which in range(6)),
+    # not the first ones: shuffles just before, which the emulation takes for a barrier; the second stage of 128 columns
+    *(("orthogonal", "orthogonal_cayley.cuh", "work.sync();", which) for which in range(1, 7)),
+    *(("orthogonal", "orthogonal_householder.cuh", "work.sync();", which) for which in range(1, 10)),
 ]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with C++20")
@@ -39,7 +44,7 @@ def build(family, folder, sanitizer="", csrc=CSRC, quick=False):
     if quick and "QUICK" in sources[1].read_text():
         flags.append("-DQUICK")
     else:
-        sources.append(csrc / "cuda" / f"{family}.cu")
+        sources += sorted((csrc / "cuda").glob(f"{family}*.cu"))
     sanitize = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"] if sanitizer else []
     subprocess.run(["g++", *flags, *sanitize, "-x", "c++", *sources, "-o", program], check=True)
     return program
@@ -52,7 +57,7 @@ def run(program, *arguments):
     return result
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in DECODE)])
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MANY)])
 def test_against_a_double_loop(family, tmp_path):
     result = run(build(family, tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -71,9 +76,9 @@ def test_under_a_sanitizer(family, sanitizer, arguments, tmp_path):
     [("thread", ("quick",)), ("address", ("quick",)), pytest.param("address,undefined", (), marks=pytest.mark.slow)],
     ids=["thread", "address", "all"],
 )
-@pytest.mark.parametrize("family", DECODE)
-def test_decode_under_a_sanitizer(family, sanitizer, arguments, tmp_path):
-    result = run(build(family, tmp_path, sanitizer), *arguments)
+@pytest.mark.parametrize("family", MANY)
+def test_many_instances_under_a_sanitizer(family, sanitizer, arguments, tmp_path):
+    result = run(build(family, tmp_path, sanitizer, quick=bool(arguments)), *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

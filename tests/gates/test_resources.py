@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def adjoint_per_element(code):
     return opcodes.index("FADD") / 64, parts.size / 64 + usual / 256 + replay.size / 64 * 3 / 4
 
 
+def fma_share(code):
+    """The share of multiply-adds among the instructions of the loop that is densest in them, of 32 or more."""
+    counted = [(loop.count("FFMA", "DFMA"), loop.size) for loop in sass.loops(code)]
+    return max((count / size for count, size in counted if count >= 32), default=0)
+
+
+def per_pivot(code):
+    """Instructions per pivot of an elimination in registers, whose loop has 4 pivots and at least 7 shuffles each."""
+    return min((loop.size / 4 for loop in sass.loops(code) if loop.count("SHFL.IDX") >= 28), default=math.inf)
+
+
 def check(row, resources, code):
     """`resources` and `code` of all instantiations of one kernel against its row."""
     for name, used in resources.items():
@@ -63,6 +75,12 @@ def check(row, resources, code):
     if "loop" in row:
         largest = max((loop.size for c in code.values() for loop in sass.loops(c)), default=0)
         assert largest <= row["loop"], f"{largest} instructions in the largest loop > {row['loop']}"
+    if "fma" in row:
+        shares = {name: fma_share(c) for name, c in code.items()}
+        assert min(shares.values()) >= row["fma"], f"{shares} of the instructions are multiply-adds, < {row['fma']}"
+    if "pivot" in row:
+        counts = {name: per_pivot(c) for name, c in code.items()}
+        assert max(counts.values()) <= row["pivot"], f"{counts} instructions per pivot > {row['pivot']}"
     for part, elements, most in row.get("budget", []):
         counts = [per_element(c, elements) for name, c in code.items() if part in name]
         assert counts and max(counts) <= most, f"{part}: {counts} instructions per element > {most}"
