@@ -200,7 +200,9 @@ __device__ __forceinline__ void add_copies(const Backward& a, const Tile& tile, 
 #pragma unroll
   for (float& x : total.at) x += __shfl_xor_sync(0xffffffffu, x, 4);
   if (half == 1 || part * kSteps + t >= tile.steps) return;
-  const int64_t token = token_of(a.problem, tile, part * kSteps + t);
+  // token_of() in 32 bits, enough where a token takes 128 bytes.
+  const unsigned first = batch_of(a.problem, tile) * static_cast<unsigned>(a.problem.length) + tile.begin;
+  const unsigned token = first + part * kSteps + t;
   reinterpret_cast<Quad*>(a.coefficients)[(blockIdx.x * a.tokens + token) * 8 + row / kSteps * 4 + quad] = total;
 }
 
