@@ -47,6 +47,7 @@ BENCHMARKS: dict[str, dict[str, list[str]]] = {
     "block": {"block": []},
     "orthogonal": {kind: [f"--{kind}"] for kind in ("square", "tall")},
     "last_layer": {"last_layer": []},
+    "faults": {part: ["--part", part] for part in ("gemm", "campaigns", "restart")},
 }
 FAMILIES = ("scan", "decode", "conv", "norm", "routing", "orthogonal")  # of launches.py, which needs the built package
 # By what a first run must know; benchmarks not named come last.

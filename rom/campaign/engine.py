@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from rom.campaign.cone import ROWS
 from rom.campaign.golden import Batch, Kept, Layout
 from rom.campaign.lanes import WIDE, Lane, MemoryLane, ModuleLane, PatchedLane, ValueLane, strided
 from rom.campaign.outcomes import Golden, Tally, bits
 from rom.campaign.restart import Pieces, Program, keepable, observed, prepared
+from rom.campaign.waves import Chain, Queue, Wave
 from rom.faults import records
 from rom.faults.inject import check_plan
 from rom.faults.layers import Finder, Layer, Place, Survey, survey
@@ -32,6 +35,14 @@ class Work(NamedTuple):
     def of(self, fault: int) -> slice:
         """The sites of a fault."""
         return slice(int(self.starts[fault]), int(self.starts[fault + 1]))
+
+
+class Crowd(NamedTuple):
+    """Faults that go the same way: of a lane, and with a chain through windows first."""
+
+    lane: Lane
+    chain: Chain | None
+    faults: np.ndarray
 
 
 class Engine:
@@ -97,10 +108,10 @@ class Engine:
         self.inputs = inputs.to(self.device)
         self._options = {"mode": mode, "grad": "clean", "persistence": "transient"}
         with torch.no_grad():
-            self._prepare(labels, bounds or {}, nan_to, memory)
+            self._prepare(labels, bounds or {}, nan_to, memory, cone)
 
     def _prepare(
-        self, labels: torch.Tensor, bounds: Mapping[str, tuple[float, float]], nan_to: str, memory: int
+        self, labels: torch.Tensor, bounds: Mapping[str, tuple[float, float]], nan_to: str, memory: int, cone: bool
     ) -> None:
         found = self.found
         graph = prepared(found, bounds, nan_to, {s.layer for s in self.plan.strata}).to(self.device)
@@ -131,12 +142,26 @@ class Engine:
             if gemm := arguments_of(layer):  # often a view: kept all the same
                 self._keep(pieces.nodes[layer.node].args[gemm[0]].name)
         self._own, self._shared = ([self._lane_of(s, shared) for s in strata] for shared in (False, True))
+        self._chains: dict[Lane, Chain] = {}
         names = [end.name]
+        for lane in self._lanes.values() if cone else ():
+            if isinstance(lane, ValueLane) and lane.result and len(self._shapes[lane.name].shape) == 4:
+                chain = Chain(pieces, self._shapes, lane)
+                for segment in chain.segments:
+                    names += [*segment.needs, *self._tail(segment.end).reads]
+                self._chains[lane] = chain
         for lane in self._lanes.values():
             names += [lane.cut, *lane.head.reads, *self._tail(lane.cut).reads]
             names += [lane.name] if isinstance(lane, ValueLane) else []
         self._kept = Kept(self._pieces, self._shapes, self.inputs, names, self.batch_size, memory)
         self.golden = Golden(self._kept.everything(), labels)
+        present = np.flatnonzero(self._kept.slot >= 0)[:ROWS]
+        trial = self._kept.batch_of(present, np.arange(len(present)), ROWS)
+        for chain in self._chains.values():
+            chain.rehearse(self._kept, trial)
+        self._chains = {
+            lane: chain for lane, chain in self._chains.items() if chain.segments and self._try_tail(chain.end)
+        }
 
     # ------------------------------------------------------------------------------------------------ lanes
     def _keep(self, name: str) -> bool:
@@ -226,11 +251,15 @@ class Engine:
         samples = np.arange(len(self.inputs)) if shared else np.unique(work.sample)
         with torch.no_grad():
             for present in self._kept.groups(samples):
-                for cut, faults_of in lanes.items():
-                    queue = Queue(self, cut, tally, self._try_tail(cut))
-                    for lane, faults in faults_of:
+                for cut, crowds in lanes.items():
+                    queue = self._queue(cut, tally)
+                    for lane, chain, faults in crowds:
                         single = faults[work.sample[faults] >= 0]
-                        self._run_own(lane, work, single[present[work.sample[single]]], queue)
+                        single = single[present[work.sample[single]]]
+                        if chain is None:
+                            self._run_own(lane, work, single, queue)
+                        else:
+                            self._run_windows(chain, work, single, queue)
                         for fault in faults[work.sample[faults] < 0]:
                             self._run_shared(lane, work, int(fault), np.flatnonzero(present), queue)
                     queue.flush()
@@ -251,8 +280,8 @@ class Engine:
         np.maximum.at(high, owner, samples)
         return Work(sites, strata, np.append(0, np.cumsum(counts)), np.where(low == high, low, -1))
 
-    def _sorted(self, work: Work) -> dict[str, list[tuple[Lane, np.ndarray]]]:
-        """The faults by cut and lane."""
+    def _sorted(self, work: Work) -> dict[str, list[Crowd]]:
+        """The faults by the cut behind which whole values go on."""
         lanes = list(dict.fromkeys(lane for lane in (*self._own, *self._shared) if lane is not None))
         number = {lane: i for i, lane in enumerate(lanes)} | {None: -1}
         own, shared = (np.array([number[lane] for lane in table]) for table in (self._own, self._shared))
@@ -269,10 +298,15 @@ class Engine:
                 found[fault] = lanes.index(several)
         if self.plan.records is None:
             found = of_site
-        groups: dict[str, list[tuple[Lane, np.ndarray]]] = {}
+        groups: dict[str, list[Crowd]] = {}
+        single = np.diff(work.starts) == 1
         for i, lane in enumerate(lanes):
-            if (found == i).any():
-                groups.setdefault(lane.cut, []).append((lane, np.flatnonzero(found == i)))
+            chain = self._chains.get(lane)
+            windows = (found == i) & single & (work.sample >= 0) & (chain is not None)
+            if chain is not None and windows.any():
+                groups.setdefault(chain.end, []).append(Crowd(lane, chain, np.flatnonzero(windows)))
+            if ((found == i) & ~windows).any():
+                groups.setdefault(lane.cut, []).append(Crowd(lane, None, np.flatnonzero((found == i) & ~windows)))
         return groups
 
     def _run_own(self, lane: Lane, work: Work, faults: np.ndarray, queue: Queue) -> None:
@@ -289,6 +323,16 @@ class Engine:
             for name in ("old", "new"):
                 queue.tally.results[name][mine] = log[name][first]
             queue.push(value, rows, batch, mine, self._clean(lane, batch))
+
+    def _run_windows(self, chain: Chain, work: Work, faults: np.ndarray, queue: Queue) -> None:
+        """Faults of one pixel each, through the cone."""
+        wave = Wave(chain, self._kept, queue.tally, queue.add, self.batch_size)
+        for i in range(0, len(faults), ROWS):
+            mine = faults[i : i + ROWS]
+            log = wave.start(work.sites[work.starts[mine]], work.sample[mine], mine)
+            for name in ("old", "new"):
+                queue.tally.results[name][mine] = log[name]
+        wave.flush()
 
     def _batches(self, samples: np.ndarray, move: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(which of them, their rows) of every batch. Where a row's bits depend on its place in the batch, a sample has
@@ -402,6 +446,10 @@ class Engine:
             self._moves[cut] = moves
         return self._moves[cut]
 
+    def _queue(self, cut: str, tally: Tally) -> Queue:
+        tail = None if cut == self._pieces.end else partial(self.tail, cut)
+        return Queue(self._kept, cut, tally, tail, self._try_tail(cut))
+
     def tail(self, cut: str, value: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The result of a batch with this value at a cut."""
         return self._run(self._tail(cut), (value,), batch)
@@ -411,54 +459,6 @@ NOT_REPRODUCIBLE = (
     "rom.campaign.Engine: two runs of the model on the same samples differ. Call model.eval() before the survey: "
     "batch norm in training mode mixes samples, dropout draws new numbers."
 )
-
-
-class Queue:
-    """Rows that differ from the golden ones at a cut, until they fill a batch."""
-
-    def __init__(self, engine: Engine, cut: str, tally: Tally, move: bool) -> None:
-        self.engine, self.cut, self.tally, self.move = engine, cut, tally, move
-        self.layout = engine._kept.layouts[cut]
-        self.rows: list[torch.Tensor] = []
-        self.samples, self.faults = np.zeros(0, np.int64), np.zeros(0, np.int64)
-
-    def push(
-        self, value: torch.Tensor, rows: np.ndarray, batch: Batch, faults: np.ndarray, golden: torch.Tensor
-    ) -> None:
-        """Faults in some rows of a batch: dropped where they left no trace."""
-        first = self.layout.samples_first(value)
-        changed = (bits(first) != bits(golden)).flatten(1).any(1).cpu().numpy()[rows]
-        self.tally.masked(faults[~changed])
-        rows, faults = rows[changed], faults[changed]
-        if not len(rows):
-            return
-        samples, size = batch.samples[rows], self.engine.batch_size
-        if self.cut == self.engine._pieces.end:
-            self.tally.judge(first[torch.from_numpy(rows)], samples, faults)
-        elif not self.move or (len(rows) == size and not self.rows):
-            logits = self.engine.tail(self.cut, value, batch)
-            self.tally.judge(logits[torch.from_numpy(rows)], samples, faults)
-        else:
-            self.rows.append(first[torch.from_numpy(rows)])
-            self.samples, self.faults = np.append(self.samples, samples), np.append(self.faults, faults)
-            if len(self.samples) >= size:
-                self._run()
-
-    def flush(self) -> None:
-        """Runs what is left, filled up to a batch."""
-        if len(self.samples):
-            self._run()
-
-    def _run(self) -> None:
-        size, rows = self.engine.batch_size, torch.cat(self.rows)
-        n = min(size, len(rows))
-        samples, faults = self.samples[:n], self.faults[:n]
-        full = rows[torch.arange(size).clamp(max=n - 1)] if n < size else rows[:size]
-        batch = self.engine._kept.batch_of(samples, np.arange(n))
-        logits = self.engine.tail(self.cut, self.layout.batch(full), batch)
-        self.tally.judge(logits[:n], samples, faults)
-        self.rows = [rows[n:]] if len(rows) > n else []
-        self.samples, self.faults = self.samples[n:], self.faults[n:]
 
 
 def arguments_of(layer: Layer) -> tuple[int, int, int] | None:

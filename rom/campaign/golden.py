@@ -110,9 +110,10 @@ class Kept:
                 self.values[name][place * self.batch : (place + 1) * self.batch] = rows
         return logits
 
-    def batch_of(self, samples: np.ndarray, rows: np.ndarray) -> Batch:
-        """These samples in these rows; the rest is filled with the first of them, for nobody to look at."""
-        full = np.full(self.batch, samples[0], np.int64)
+    def batch_of(self, samples: np.ndarray, rows: np.ndarray, size: int = 0) -> Batch:
+        """These samples in these rows of `size` (of a batch); the rest is filled with the first of them, for nobody to
+        look at."""
+        full = np.full(size or self.batch, samples[0], np.int64)
         full[rows] = samples
         device = self.inputs.device
         return Batch(full, torch.from_numpy(full).to(device), torch.from_numpy(self.slot[full]).to(device))

@@ -52,14 +52,16 @@ class PatchedLane(Lane):
         """A copy to change."""
         raise NotImplementedError
 
-    def patch(self, values: torch.Tensor, sites: np.ndarray) -> np.ndarray:
-        """Puts faults into a copy (a site's sample is its row); records of dtype LOG."""
+    def patch(
+        self, values: torch.Tensor, sites: np.ndarray, extents: Extents | None = None, strides: Extents | None = None
+    ) -> np.ndarray:
+        """Puts faults into a copy, or a part of one with extents of its own (a site's sample is its row); records of
+        dtype LOG."""
         device, log = values.device, np.zeros(len(sites), LOG)
         table = torch.from_numpy(sites.view("<i4").reshape(-1, records.WORDS)).to(device)
         written = torch.from_numpy(log.view("<i4").reshape(-1, 3)).to(device)
-        PATCHES[dispatch.choose("faulty_values", device.type)](
-            values, table, written, self.target, self.extents, self.strides
-        )
+        apply = PATCHES[dispatch.choose("faulty_values", device.type)]
+        apply(values, table, written, self.target, extents or self.extents, strides or self.strides)
         return log if device.type == "cpu" else records.log_records(written)
 
 
@@ -78,6 +80,7 @@ class ValueLane(PatchedLane):
             super().__init__(target, (len(view), rows, 0, cols), (view.stride(0), row, 0, column))
         else:
             super().__init__(target, (len(view), rows, cols, 0), (view.stride(0), row, column, 0))
+        self.layer, self.result = layer, argument is None
         self.name, self.dirty, self.cut = name, pieces.behind(layer.node), pieces.cut(layer.node)
         if argument is None:
             self.head = pieces.program(self.cut, (name,), self.dirty)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,16 @@ class Pieces:
         for node in self.order:
             if any(source.name in found for source in node.all_input_nodes):
                 found.add(node.name)
+        return found
+
+    def before(self, end: str) -> set[str]:
+        """The node and all it depends on."""
+        found, todo = set(), [self.nodes[end]]
+        while todo:
+            node = todo.pop()
+            if node.name not in found:
+                found.add(node.name)
+                todo += node.all_input_nodes
         return found
 
     def program(
@@ -116,17 +126,15 @@ class Pieces:
         graph.output(tuple(value(self.nodes[name]) for name in ends))
         return fx.GraphModule(root, graph).forward  # a plain function: no interpreter, no hooks
 
-    def cut(self, start: str) -> str:
-        """Where rows equal to the golden ones are dropped: the last value before the next heavy node through which all
-        effects of `start` go; `start` itself if there is no other."""
-        dirty, reached = self.behind(start), self._needed()
-        found, live = start, {start}
+    def dominators(self, start: str) -> Iterator[tuple[str, int]]:
+        """Values behind `start` through which all its effects go, in order, and how many heavy nodes lie before."""
+        dirty, reached = self.behind(start), self.before(self.end)
+        live, heavy = {start}, 0
         pending = {n.name: sum(u.name in reached for u in n.users) for n in self.order if n.name in dirty}
         for node in self.order:
-            if node.name == start or node.name not in dirty or node.name not in reached or node.op == "output":
+            if node.name == start or node.name not in dirty or node.name not in reached:
                 continue
-            if _heavy(node):
-                break
+            heavy += _heavy(node)
             for source in node.all_input_nodes:
                 if source.name in live:
                     pending[source.name] -= 1
@@ -134,18 +142,22 @@ class Pieces:
                         live.discard(source.name)
             live.add(node.name)
             if live == {node.name} and node.name in self.places:
-                found = node.name
+                yield node.name, heavy
+
+    def cut(self, start: str) -> str:
+        """Where rows equal to the golden ones are dropped: the last value before the next heavy node through which all
+        effects of `start` go; `start` itself if there is no other."""
+        found = start
+        for name, heavy in self.dominators(start):
+            if heavy:
+                break
+            found = name
         return found
 
-    def _needed(self) -> set[str]:
-        """Nodes on the way to the result, and the output node."""
-        found, todo = set(), [node for node in self.order if node.op == "output"]
-        while todo:
-            node = todo.pop()
-            if node.name not in found:
-                found.add(node.name)
-                todo += node.all_input_nodes
-        return found
+    def next_cuts(self, cut: str) -> list[str]:
+        """Possible cuts behind the next heavy nodes and before those after them, the last one first."""
+        behind = [(name, heavy) for name, heavy in self.dominators(cut) if heavy]
+        return [name for name, heavy in reversed(behind) if heavy == behind[0][1]]
 
 
 def _nodes(argument: Any) -> list[fx.Node]:

@@ -165,6 +165,40 @@ def test_values_of_any_size():
     assert faulty(torch.ones(2, 2))[0, 0].isnan() and faulty(torch.ones(2, 2))[0, 1].isinf()
 
 
+def test_a_value_at_the_maximum_of_its_range(net, found):
+    x = torch.randn(3, 3, 4, 4)
+    bounds = found.profile([x])
+    with torch.no_grad():
+        sums = net(x).logit()  # the head's results, before the sigmoid
+        sample, col = divmod(int(sums.argmax()), 5)
+        plan = one("head", found=found, sample=sample, col=col, masks=faults.flip(1 << 22))
+        for restricted in ({}, {"head": bounds["head"]}, {"head": (-1e-3, 1e-3)}):
+            faulty = rom.inject(found, plan, bounds=restricted)
+            y = faulty(x)
+            assert y.isfinite().all() and faulty.log()["old"] ^ faulty.log()["new"] == 1 << 22
+            assert not restricted or (y.logit().abs() <= max(map(abs, restricted["head"])) + 1e-4).all()
+
+
+def test_a_bad_index_is_refused_with_its_name(found):
+    for where, message in [({"col": 5}, "col below 5 in layer 'head'"), ({"sample": 8}, "sample below 8")]:
+        with pytest.raises(ValueError, match=message):
+            one("head", found=found, **{"sample": 0, **where})
+
+
+def test_a_shared_layer_is_hit_in_one_of_its_calls():
+    linear = nn.Linear(4, 4)
+    model = nn.Sequential(linear, nn.ReLU(), linear)
+    found, x = faults.survey(model, torch.randn(2, 4)), torch.randn(3, 4)
+    names = [layer.name for layer in found if layer.kind == "linear"]
+    assert len(names) == 2
+    with torch.no_grad():
+        first, second = (rom.inject(found, one(name, found=found, sample=1, col=2))(x) for name in names)
+        hidden = linear(x)
+        hidden[1, 2] *= -1
+        assert torch.allclose(first, linear(hidden.relu()), atol=1e-6)
+        assert (second != model(x)).nonzero().tolist() == [[1, 2]]
+
+
 def test_a_second_plan_on_the_same_model(net, found):
     x = torch.randn(3, 3, 4, 4)
     first = rom.inject(found, one("head", found=found, sample=0, col=1))
