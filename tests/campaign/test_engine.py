@@ -142,12 +142,12 @@ def test_windows_spread_as_convolutions_do():
     """Whatever the kernel, stride, padding, groups and size: what a wrong pixel reaches is recomputed, nothing else."""
     torch.manual_seed(3)
     for kernel, stride, padding, groups, size in [
-        (3, 1, 1, 1, 12),
-        (3, 2, 1, 2, 13),
-        (1, 2, 0, 1, 12),
-        (5, 1, 0, 4, 14),
-        (4, 3, 2, 1, 17),
-        ((3, 1), (1, 2), (1, 0), 1, 12),
+        (3, 1, 1, 1, 24),
+        (3, 2, 1, 2, 27),
+        (1, 2, 0, 1, 24),
+        (5, 1, 0, 4, 28),
+        (4, 3, 2, 1, 35),
+        ((3, 1), (1, 2), (1, 0), 1, 24),
     ]:
         second = nn.Conv2d(4, 4, kernel, stride, padding, groups=groups)
         net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU6(), second, nn.MaxPool2d(3, 2, 1), nn.ReLU())
