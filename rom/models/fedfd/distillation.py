@@ -30,8 +30,8 @@ class Distillation:
     Args:
         projection: "orthogonal" (FedFD), "linear" (the same without the constraint), "none" (features are compared
             coordinate by coordinate, as many as both models have).
-        orthogonal_map: assumed; see `rom.nn.orthogonal`. Its default, None, is what code of this kind uses:
-            matrix_exp for square projections, householder for others.
+        orthogonal_map: assumed; see `rom.nn.orthogonal`. None is what code of this kind uses: matrix_exp for square
+            projections, householder for others.
         feature_weight, logit_weight: of the two losses (assumed: 1 and 1); both 0 leave the average as it is. Features
             alone move under a head that nobody trains: with logit_weight 0, 40 steps took a global model of .60 to .49
             and one of .80 to .60, with both losses to .87 and .82 (docs/fedfd.md).

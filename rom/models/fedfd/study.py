@@ -154,7 +154,7 @@ def _cell(values: Sequence[float], sign: str = "") -> str:
     if not values:
         return ""
     mean, half = interval(values)
-    return f"{mean:{sign}.3f} ± {half:.3f}"
+    return f"{mean:{sign}.3f} ± {half:.3f}" if len(values) > 1 else f"{mean:{sign}.3f}"
 
 
 def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
