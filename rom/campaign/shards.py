@@ -6,6 +6,7 @@ elsewhere, and a block is in the store once or not at all.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -157,9 +158,12 @@ class Workers:
 
 def _connect(ray: Any, address: str, workers: int) -> None:
     options = {"num_cpus": workers} if address == "local" else {}
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdecimal():  # Ray itself would try for more than nine minutes, in silence
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="error", include_dashboard=False, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CampaignError(
             f"cannot reach a Ray cluster at {address!r} ({str(error).splitlines()[0]}). Start one with `ray start "
             '--head`, or use "local".'

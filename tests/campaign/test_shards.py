@@ -1,5 +1,6 @@
 """Workers on Ray: the table of one process, whoever dies."""
 
+import contextlib
 import os
 import random
 import signal
@@ -7,12 +8,15 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from rom import campaign, faults
 from rom.campaign import CampaignError, shards
+
+FAULTS = 7000  # of the test with real nodes: enough work for something to die in
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +68,8 @@ class FakeRay(types.ModuleType):
         return self.up
 
     def init(self, address, **_):
-        if address == "nowhere:1":
-            raise ConnectionError("no such host\nand more")
+        if address == "auto" and self.dies is None:
+            raise ConnectionError("no cluster\nand more")
         self.up = True
 
     def shutdown(self):
@@ -172,9 +176,11 @@ def test_stopping_and_interrupting_among_workers(fake, subject, whole, tmp_path,
 
 def test_errors_of_workers(fake, subject, tmp_path, monkeypatch):
     path = tmp_path / "c.sqlite"
+    fake(None)
+    for address, message in [("auto", "no cluster"), ("127.0.0.1:1", ".*refused")]:
+        with pytest.raises(CampaignError, match=rf"cannot reach a Ray cluster at '{address}' \({message}\)"):
+            go(subject, path, ray=address)
     fake()
-    with pytest.raises(CampaignError, match=r"cannot reach a Ray cluster at 'nowhere:1' \(no such host\)"):
-        go(subject, path, ray="nowhere:1")
     model, plan, inputs, labels = subject
     with pytest.raises(ValueError, match="samples"):  # of the engine, as if it were here
         go((model, plan, inputs[:5], labels[:5]), path, ray="auto")
@@ -195,40 +201,51 @@ def test_errors_of_workers(fake, subject, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ with Ray
+def workers_of(node):
+    """Process numbers of the workers on a node: children of its raylet."""
+    raylet, found = node.all_processes["raylet"][0].process.pid, []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            name = (entry / "cmdline").read_bytes() if entry.name.isdecimal() else b""
+            if (
+                name.startswith(b"ray::_Worker")
+                and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == raylet
+            ):
+                found.append(int(entry.name))
+    return found
+
+
 @pytest.mark.slow
-def test_two_nodes_one_of_which_dies(subject, whole, tmp_path):
-    """Four workers on two nodes of a cluster on loopback; one worker is killed, then one node."""
-    pytest.importorskip("ray")
-    import ray
+def test_two_nodes_one_of_which_dies(subject, tmp_path):
+    """Four workers on two nodes of a cluster on loopback; one worker is killed, then the other node."""
+    ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    model, plan, inputs, labels = subject
-    plan = plan.extended(40_000)
-    go((model, plan, inputs, labels), tmp_path / "one.sqlite")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    second = cluster.add_node(num_cpus=2)
+    model, _, inputs, labels = subject
+    strata = faults.survey(model, inputs).strata(12, [faults.Target.OUTPUT, faults.Target.B])
+    subject = model, faults.FaultPlan.simple(strata, FAULTS, seed=3), inputs, labels
+    go(subject, tmp_path / "one.sqlite")
     path, seen = tmp_path / "c.sqlite", {}
 
     def disturb():
-        while not campaign.Store.exists(path) or len(campaign.read(path).table) < 2000:
-            time.sleep(0.05)
-        from ray.util import state
-
-        actors = [a for a in state.list_actors(detail=True) if a.state == "ALIVE" and a.class_name == "_Worker"]
-        seen["nodes"] = {a.node_id for a in actors}
-        os.kill(actors[0].pid, signal.SIGKILL)
-        time.sleep(1)
+        while not campaign.Store.exists(path) or len(campaign.read(path).table) < FAULTS // 10:
+            time.sleep(0.02)
+        seen["workers"] = [workers_of(node) for node in (head, second)]
+        os.kill(seen["workers"][0][0], signal.SIGKILL)
         cluster.remove_node(second, allow_graceful=False)
         seen["done"] = len(campaign.read(path).table)
 
     thread = threading.Thread(target=disturb)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
+        head, second = cluster.head_node, cluster.add_node(num_cpus=2)
         ray.init(address=cluster.address, log_to_driver=False)
         thread.start()
-        summary = go((model, plan, inputs, labels), path, ray="auto", shards=4)
+        summary = go(subject, path, ray="auto", shards=4)
         thread.join()
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert summary.state == "complete" and len(seen["nodes"]) == 2 and seen["done"] < len(plan)
-    assert campaign.read(path).table.tobytes() == campaign.read(tmp_path / "one.sqlite").table.tobytes()
+    assert summary.state == "complete" and all(seen["workers"]) and seen["done"] < FAULTS
+    tables = [campaign.read(tmp_path / name).table.tobytes() for name in ("one.sqlite", "c.sqlite")]
+    assert tables[0] == tables[1]
