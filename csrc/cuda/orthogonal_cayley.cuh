@@ -67,9 +67,7 @@ __device__ void refine(const Work<T, K>& work, T* m, T* stage, const T* kept, T*
       if (c < k) inverse[(first + r) * k + c] = m[(first + r) * S + c] + stage[r * S + c];
     });
   }
-  work.sync();
-  work.load_square(m, inverse);
-  work.sync();
+  work.load_square(m, inverse);  // a thread reads what it has written
 }
 
 template <class T, int K>
