@@ -164,9 +164,12 @@ def test_stopping_and_interrupting_among_workers(fake, subject, whole, tmp_path,
 
     add = campaign.Store.add
 
+    interrupts = iter([signal.SIGINT])  # one: a second would act at once
+
     def interrupted(*given):
         add(*given)
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in interrupts:
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
         patch.setattr(campaign.Store, "add", interrupted)
