@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 1  # of csrc/include/rom/abi.h
+ABI_VERSION = 2  # of csrc/include/rom/abi.h
 DTYPE_CODES = {
     torch.float32: 0,
     torch.bfloat16: 1,

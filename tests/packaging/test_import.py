@@ -79,6 +79,13 @@ def test_python_and_headers_agree_on_the_abi_number():
     assert f"#define ROM_ABI_VERSION {rom.native.ABI_VERSION}\n" in header
 
 
+def test_every_package_is_installed():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "rom").rglob("__init__.py")}
+    assert set(listed) == found | {"rom.triton_kernels"}
+
+
 def native_modules():
     found = [importlib.util.find_spec(f"rom.{name}") for name in ("_C", "_C_cuda")]
     return [Path(spec.origin) for spec in found if spec]
