@@ -58,7 +58,9 @@ class Engine:
         batch_size: rows of every pass. Results do not depend on how faults are cut into calls; another batch size is
             another arithmetic where the library sums in another order, as with another number of threads.
         restart: False runs the whole model for every fault. cone: recompute only the windows of convolutions that a
-            fault reaches. Neither changes a result.
+            fault reaches, which changes no bit. Nor does restart, except by rounding where the faulty operators of
+            `rom.inject`, which full runs use everywhere, round otherwise than the model's (bfloat16 and float64
+            products over transposed memory).
         bounds: (low, high) by layer, from `Survey.profile`; the golden run has them too. nan_to: what NaN becomes.
         mode: of `rom.ops.faulty_matmul`.
         device: where it runs; None: where the inputs are.
