@@ -246,8 +246,8 @@ except ImportError:
 """
 
 
-def test_install():
-    run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
+def test_install(tmp_path):  # not from the root, which holds unbuilt sources
+    run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.stdout.split("\n")[:2] == ["torch.Size([2, 5, 16])", "gone"], run.stderr
 
 
