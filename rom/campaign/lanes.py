@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,15 +43,15 @@ class Lane:
     twice = False  # golden values are computed beside it: its operators round otherwise than the model's
 
 
-class PatchedLane(Lane):
+class PatchedLane(Lane, ABC):
     """A lane that changes a dense tensor in place: one that `fresh` copies."""
 
     def __init__(self, target: Target, extents: Extents, strides: Extents) -> None:
         self.target, self.extents, self.strides = int(target), extents, strides
 
+    @abstractmethod
     def fresh(self, kept: Kept, batch: Batch | None = None) -> torch.Tensor:
         """A copy to change."""
-        raise NotImplementedError
 
     def patch(
         self, values: torch.Tensor, sites: np.ndarray, extents: Extents | None = None, strides: Extents | None = None

@@ -110,6 +110,21 @@ def test_mamba_inner_fn(norms):
     assert_close("out", out, F.linear(y.mT, out_proj.double(), out_bias.double()), scale=2)  # two products on the way
 
 
+def test_mamba_inner_fn_of_complex_states():
+    rank = 3
+    xz, weight = torch.randn(BATCH, 2 * DIM, LENGTH), torch.randn(DIM, 1, 4)
+    x_proj, dt_proj, out_proj = torch.randn(rank + 4 * STATE, DIM) / 3, torch.randn(DIM, rank) / 3, torch.randn(5, DIM)
+    A = torch.complex(-torch.rand(DIM, STATE) - 0.1, torch.randn(DIM, STATE))
+    with rom.backend("reference"):
+        out = mamba_inner_fn(xz, weight, None, x_proj, dt_proj, out_proj, None, A)
+    x, z = xz.double().chunk(2, 1)
+    u = F.silu(conv(x, weight[:, 0].double(), None))
+    dt, B, C = F.linear(u.mT, x_proj.double()).split([rank, 2 * STATE, 2 * STATE], -1)
+    B, C = (torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous()).mT[:, None] for v in (B, C))
+    y, _ = scan(u, F.linear(dt, dt_proj.double()).mT, A.to(torch.complex128), B, C, z=z, delta_softplus=True)
+    assert_close("out", out, F.linear(y.mT, out_proj.double()), scale=2)  # two products on the way
+
+
 # ------------------------------------------------------------------------------------------------ state update
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [0, 3])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ops.test_faults import operands, some_sites
+from fault_cases import operands, some_sites
 from rom.triton_kernels import faults as kernels
 from tolerance import assert_close
 

@@ -59,7 +59,7 @@ def _coefficient(x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype) -> torch.
     if x.dim() == 2:
         return x
     if A.is_complex() and not x.is_complex():
-        x = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        x = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     x = x if x.is_complex() else x.to(dtype)
     return x.transpose(1, 2) if x.dim() == 3 else x.permute(0, 3, 1, 2)
 
@@ -89,7 +89,8 @@ def mamba_inner_fn(
     """A Mamba block between its input projection and its result: convolution, x_proj, dt_proj, scan, gate, out_proj.
 
     Args:
-        xz: `[batch, 2 · dim, length]`. conv1d_weight: `[dim, 1, width]`. x_proj_weight: `[rank + 2 · state, dim]`.
+        xz: `[batch, 2 · dim, length]`. conv1d_weight: `[dim, 1, width]`. x_proj_weight: `[rank + 2 · state, dim]`
+            (4 · state for a complex A: real and imaginary parts in turn).
         delta_proj_weight: `[dim, rank]`. out_proj_weight: `[d_model, dim]`. A, D, delta_bias: as `selective_scan_fn`.
         B, C: as `selective_scan_fn`, instead of those of x_proj (which then makes no columns for them).
         B_proj_bias, C_proj_bias: `[state]`, added to the columns of x_proj.
@@ -99,20 +100,18 @@ def mamba_inner_fn(
     Returns:
         `[batch, length, d_model]`.
     """
-    if A.is_complex():
-        raise NotImplementedError("rom.compat: mamba_inner_fn takes a real A; selective_scan_fn a complex one, too.")
     x, z = xz.transpose(1, 2).chunk(2, -1)
-    rank, state = delta_proj_weight.shape[1], A.shape[1]
+    rank, state = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
     u = ops.causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, "silu")
     assert isinstance(u, torch.Tensor)
     columns = F.linear(u, x_proj_weight.to(u.dtype))
     dt = _normalised(columns[..., :rank], dt_rms_weight, b_c_dt_rms_eps)
     if B is None:
-        B = _shifted(columns[..., rank : rank + state], B_proj_bias, b_rms_weight, b_c_dt_rms_eps)
+        B = _paired(_shifted(columns[..., rank : rank + state], B_proj_bias, b_rms_weight, b_c_dt_rms_eps), A)
     else:
         B = _coefficient(B, A, u.dtype)
     if C is None:
-        C = _shifted(columns[..., -state:], C_proj_bias, c_rms_weight, b_c_dt_rms_eps)
+        C = _paired(_shifted(columns[..., -state:], C_proj_bias, c_rms_weight, b_c_dt_rms_eps), A)
     else:
         C = _coefficient(C, A, u.dtype)
     delta = F.linear(dt, delta_proj_weight.to(dt.dtype))
@@ -123,6 +122,11 @@ def mamba_inner_fn(
 
 
 mamba_inner_ref = mamba_inner_fn
+
+
+def _paired(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Columns as they are, or for a complex A two neighbours as one complex number."""
+    return torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2))) if A.is_complex() else x
 
 
 def _shifted(x: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
